@@ -1,0 +1,106 @@
+"""What stands around a mixer: norms, feed-forwards, the residual block."""
+
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longspan.errors import LongspanError
+from longspan.nn.protocols import Mixer
+from longspan.shapes import Context, Inputs, Keep, Marks
+
+NORMS: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
+ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+
+
+def norm(kind: Literal["layer", "rms"], width: int) -> nn.Module:
+    """LayerNorm or RMSNorm over the last axis."""
+    if kind not in NORMS:
+        raise LongspanError(f"no norm '{kind}'; expected {', '.join(NORMS)}.")
+    return NORMS[kind](width)
+
+
+class FeedForward(nn.Module):
+    """y = f(x W_1) W_2, or gated, y = (f(x W_1) ∘ x W_3) W_2 (Shazeer, 2020).
+
+    Args:
+        inner: the hidden width, by default 4 E.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        inner: int | None = None,
+        activation: Literal["relu", "gelu", "silu"] = "gelu",
+        gated: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise LongspanError(f"no activation '{activation}'; expected {', '.join(ACTIVATIONS)}.")
+        inner = inner or 4 * width
+        self.activation = ACTIVATIONS[activation]
+        self.up = nn.Linear(width, inner)
+        self.gate = nn.Linear(width, inner) if gated else None
+        self.down = nn.Linear(inner, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.activation(self.up(x))
+        if self.gate is not None:
+            hidden = hidden * self.gate(x)
+        return self.down(self.dropout(hidden))
+
+
+class Block(nn.Module):
+    """x ← x + mixer(norm(x)), x ← x + feed_forward(norm(x)); `post`: x ← norm(x + …).
+
+    Args:
+        cross: a second mixer between the two, which attends to an encoder's output.
+    """
+
+    def __init__(
+        self,
+        mixer: Mixer,
+        feed_forward: nn.Module | None,
+        *,
+        width: int,
+        order: Literal["pre", "post"] = "pre",
+        norms: Literal["layer", "rms"] = "layer",
+        dropout: float = 0.0,
+        cross: Mixer | None = None,
+    ) -> None:
+        super().__init__()
+        if order not in ("pre", "post"):
+            raise LongspanError(f"no norm order '{order}'; expected pre or post.")
+        self.order = order
+        self.mixer, self.cross, self.feed_forward = mixer, cross, feed_forward
+        mixer_norm = norm(norms, width)
+        self.mixer_norm = mixer.take_norm(mixer_norm) if order == "pre" else mixer_norm
+        self.cross_norm = None if cross is None else norm(norms, width)
+        self.feed_forward_norm = None if feed_forward is None else norm(norms, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x: Inputs,
+        state: Any = None,
+        *,
+        keep: Keep | None = None,
+        marks: Marks | None = None,
+        encoded: Context | None = None,
+        encoded_keep: Keep | None = None,
+    ) -> tuple[Inputs, Any]:
+        pre = self.order == "pre"
+        y, state = self.mixer(self.mixer_norm(x) if pre else x, state, keep=keep, marks=marks)
+        x = x + self.dropout(y)
+        x = x if pre else self.mixer_norm(x)
+        if self.cross is not None and self.cross_norm is not None:
+            y, _ = self.cross(self.cross_norm(x) if pre else x, context=encoded, keep=encoded_keep)
+            x = x + self.dropout(y)
+            x = x if pre else self.cross_norm(x)
+        if self.feed_forward is not None and self.feed_forward_norm is not None:
+            x = x + self.dropout(self.feed_forward(self.feed_forward_norm(x) if pre else x))
+            x = x if pre else self.feed_forward_norm(x)
+        return x, state

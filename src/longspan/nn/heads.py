@@ -1,0 +1,147 @@
+"""MultiHead: the projections, grouped heads and positions around an attention."""
+
+from typing import Any, NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from longspan.errors import LongspanError
+from longspan.nn.protocols import Attention, Mixer, Position
+from longspan.shapes import Context, Inputs, Keep, Marks
+
+
+class MultiHeadState(NamedTuple):
+    """The attention's own state, and how many tokens each row has seen (B)."""
+
+    attention: Any
+    seen: Tensor
+
+
+class MultiHead(Mixer):
+    """y = [o_1; …; o_H] W_o with o_h = attention(x W_q, x W_k, x W_v)_h (Vaswani et al., Sec. 3.2.2).
+
+    Args:
+        width: E. heads: H. head_width: D, by default E / H. value_width: V, by default D.
+        kv_heads: grouped-query heads; each serves H / kv_heads query heads.
+        position: rotates queries and keys, or adds a bias where the attention takes one.
+
+    Raises:
+        LongspanError: widths or heads that do not divide, a position the attention cannot honour.
+    """
+
+    def __init__(
+        self,
+        attention: Attention,
+        *,
+        width: int,
+        heads: int,
+        head_width: int | None = None,
+        value_width: int | None = None,
+        kv_heads: int | None = None,
+        position: Position | None = None,
+        biases: bool = True,
+    ) -> None:
+        super().__init__()
+        if head_width is None and width % heads:
+            raise LongspanError(
+                f"width {width} does not divide into {heads} heads: "
+                "choose a multiple, or give head_width."
+            )
+        kv_heads = kv_heads or heads
+        if heads % kv_heads:
+            raise LongspanError(
+                f"{heads} heads cannot share {kv_heads} key-value heads: "
+                "kv_heads must divide heads."
+            )
+        if attention.shared and kv_heads != heads:
+            raise LongspanError(
+                f"{type(attention).__name__} uses its queries as keys: kv_heads must equal heads."
+            )
+        if position is not None and position.acts == {"bias"} and not attention.takes_bias:
+            raise LongspanError(
+                f"{type(attention).__name__} cannot honour {type(position).__name__}, which biases "
+                "scores: use a position that embeds or rotates, or an attention that takes a bias."
+            )
+        self.attention, self.position = attention, position
+        self.width, self.heads, self.kv_heads = width, heads, kv_heads
+        self.head_width = head_width or width // heads
+        self.value_width = value_width or self.head_width
+        sizes = {
+            "q": heads * self.head_width,
+            "k": kv_heads * self.head_width,
+            "v": kv_heads * self.value_width,
+        }
+        if attention.shared:
+            del sizes["k"]
+        self.project = nn.ModuleDict({n: nn.Linear(width, s, biases) for n, s in sizes.items()})
+        self.output = nn.Linear(heads * self.value_width, width, biases)
+        for linear in (*self.project.values(), self.output):
+            nn.init.xavier_uniform_(linear.weight)
+            if biases:
+                nn.init.zeros_(linear.bias)
+        for name, origin in attention.extra.items():
+            copy = nn.Linear(width, sizes[origin], biases)
+            copy.load_state_dict(self.project[origin].state_dict())
+            self.project[name] = copy
+
+    def forward(
+        self,
+        x: Inputs,
+        state: MultiHeadState | None = None,
+        *,
+        keep: Keep | None = None,
+        context: Context | None = None,
+        marks: Marks | None = None,
+    ) -> tuple[Inputs, MultiHeadState | None]:
+        attention = self.attention
+        if attention.shared and context is not None:
+            raise LongspanError(
+                f"{type(attention).__name__} uses its queries as keys and has no cross form."
+            )
+        source = x if context is None else context
+        if marks is not None and not attention.takes_marks:
+            raise LongspanError(
+                f"{type(attention).__name__} treats all tokens alike and got marked ones: "
+                "leave the marks out, or use a mechanism with global tokens (longformer)."
+            )
+        if keep is not None:
+            # Padding may hold anything: it must reach neither the products nor their gradients.
+            source = source.masked_fill(~keep[..., None], 0)
+            x = source if context is None else x
+
+        def heads(name: str, of: Tensor) -> Tensor:
+            count = self.heads if name.startswith("q") else self.kv_heads
+            return rearrange(self.project[name](of), "B L (H D) -> B H L D", H=count)
+
+        q, v = heads("q", x), heads("v", source)
+        seen = x.new_zeros(x.shape[0], dtype=torch.long) if state is None else state.seen
+        rotates = self.position is not None and "rotate" in self.position.acts
+        if attention.shared:
+            q = k = self._rotate(q, seen, 0) if rotates else q
+        else:
+            k = heads("k", source)
+            if rotates:
+                # Causally the last query meets the last key; otherwise both start at 0.
+                offset = source.shape[1] - x.shape[1] if attention.causal else 0
+                q = self._rotate(q, seen, offset)
+                k = self._rotate(k, seen, 0)
+        hooks: dict[str, Any] = {} if marks is None else {"marks": marks}
+        for name, origin in attention.extra.items():
+            hooks[name] = heads(name, x if origin == "q" else source)
+        if not attention.grouped:
+            k, v = (t.repeat_interleave(self.heads // t.shape[1], dim=1) for t in (k, v))
+        if self.position is not None and "bias" in self.position.acts:
+            hooks["bias"] = self.position.bias
+        o, carried = attention(q, k, v, state and state.attention, keep=keep, **hooks)
+        y = self.output(rearrange(o, "B H L V -> B L (H V)"))
+        if keep is not None and context is None:
+            y = y.masked_fill(~keep[..., None], 0)
+        if carried is None:
+            return y, None
+        return y, MultiHeadState(carried, seen + source.shape[1])
+
+    def _rotate(self, x: Tensor, seen: Tensor, offset: int) -> Tensor:
+        assert self.position is not None
+        pos = seen[:, None] + offset + torch.arange(x.shape[2], device=x.device)
+        return self.position.rotate(x, pos)
