@@ -1,0 +1,283 @@
+"""Fixed sparsity as a value: who may see whom, known before any content is.
+
+A `Window` says which keys a query sees; it gives its boolean mask (for reference and pictures),
+its number of edges (for cost) and, with others head by head, a `Banded` layout to compute with.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool
+from torch import Tensor
+
+from longspan.engines.dense import Layout, additive, tile_backward, tile_forward
+from longspan.errors import LongspanError
+from longspan.shapes import Keep
+
+# Bytes of one temporary: larger arrays go back to the kernel at every free and page-fault anew.
+WORKSPACE = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Window:
+    """Query i sees the keys j = i − t·dilation for −after ≤ t ≤ before.
+
+    Indices are aligned at the end: with S > L keys, query i stands at key i + S − L.
+
+    Raises:
+        LongspanError: a negative reach, a dilation below 1.
+    """
+
+    before: int
+    after: int = 0
+    dilation: int = 1
+
+    def __post_init__(self) -> None:
+        if self.before < 0 or self.after < 0 or self.dilation < 1:
+            raise LongspanError(
+                f"a window sees before={self.before}, after={self.after} tokens at "
+                f"dilation={self.dilation}; expected reaches ≥ 0 and a dilation ≥ 1."
+            )
+
+    def mask(self, queries: int, keys: int) -> Bool[Tensor, "L S"]:
+        """True where query (row) sees key (column)."""
+        rows = torch.arange(keys - queries, keys)[:, None]
+        steps = rows - torch.arange(keys)
+        inside = (steps >= -self.after * self.dilation) & (steps <= self.before * self.dilation)
+        return inside & (steps % self.dilation == 0)
+
+    def edges(self, queries: int, keys: int) -> int:
+        """How many pairs it lets meet, borders exact, without building the mask."""
+        total = 0
+        for t in range(-self.after, self.before + 1):
+            shift = keys - queries - t * self.dilation  # query i meets key i + shift
+            total += max(0, min(queries, keys - shift) - max(0, -shift))
+        return total
+
+
+class Blocks:
+    """Blocks of `size` queries against the keys from `before` ahead of them to `after` behind.
+
+    Works on rows side by side: q (X, T, D) with T a multiple of `size`, and k, v that start
+    `before` keys ahead of the first query and end `after` keys past the last; `before` and
+    `after` are multiples of `size`. Keys are read as overlapping strided views, so nothing is
+    copied; `mask(first, last)` gives the additive mask of a range of blocks, broadcast to
+    (X, last − first, size, before + size + after), or None where all is seen.
+    """
+
+    def __init__(
+        self, size: int, before: int, after: int, mask: Callable[[int, int], Tensor | None]
+    ) -> None:
+        self.size, self.before, self.span, self.mask = size, before, before + size + after, mask
+
+    def _views(self, t: Tensor, first: int, last: int, size: int) -> Tensor:
+        rows, _, width = t.shape
+        return t.as_strided(
+            (rows, last - first, size, width),
+            (t.stride(0), self.size * width, width, 1),
+            t.storage_offset() + first * self.size * width,
+        )
+
+    def _ranges(self, q: Tensor, width: int) -> Iterator[tuple[int, int]]:
+        count = q.shape[1] // self.size
+        each = max(1, WORKSPACE // (q.shape[0] * self.span * width * q.element_size()))
+        for first in range(0, count, each):
+            yield first, min(first + each, count)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        o = v.new_empty(*q.shape[:2], v.shape[2])
+        lse = v.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+        for first, last in self._ranges(q, k.shape[2]):
+            keys = (self._views(t, first, last, self.span) for t in (k, v))
+            part, sums = tile_forward(
+                self._views(q, first, last, self.size), *keys, self.mask(first, last), scale
+            )
+            rows = slice(first * self.size, last * self.size)
+            o[:, rows], lse[:, rows] = part.flatten(1, 2), sums.flatten(1, 2)
+        return o, lse
+
+    def backward(
+        self,
+        do: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        o: Tensor,
+        lse: Tensor,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for first, last in self._ranges(q, k.shape[2]):
+            rows = slice(first * self.size, last * self.size)
+            keys = (self._views(t, first, last, self.span) for t in (k, v))
+            part, *key_parts = tile_backward(
+                self._views(do, first, last, self.size),
+                self._views(q, first, last, self.size),
+                *keys,
+                self._views(o, first, last, self.size),
+                lse[:, rows].unflatten(1, (-1, self.size)),
+                self.mask(first, last),
+                scale,
+            )
+            dq[:, rows] = part.flatten(1, 2)
+            for grad, each in zip((dk, dv), key_parts, strict=True):
+                for strip in range(0, self.span, self.size):
+                    start = first * self.size + strip
+                    block = grad[:, start : start + rows.stop - rows.start]
+                    block.unflatten(1, (-1, self.size)).add_(each[:, :, strip : strip + self.size])
+        return dq, dk, dv
+
+
+class Banded(Layout):
+    """Each head sees its own window; heads that share one are worked on together.
+
+    Args:
+        windows: one for all heads, or one a head.
+        keep: keys that may be seen.
+    """
+
+    def __init__(self, windows: Sequence[Window], keep: Keep | None = None) -> None:
+        self.windows, self.keep = tuple(windows), keep
+
+    def _tasks(self, q: Tensor, k: Tensor) -> Iterator[tuple[Window, tuple, tuple, int]]:
+        """(window, index of the query rows, of the key rows, batch row of the mask)."""
+        windows = self.windows * q.shape[1] if len(self.windows) == 1 else self.windows
+        if len(windows) != q.shape[1]:
+            raise LongspanError(
+                f"{len(windows)} windows were given for {q.shape[1]} heads: give one, or one a head."
+            )
+        offset = k.shape[2] - q.shape[2]
+        for window in dict.fromkeys(windows):
+            heads = [h for h, w in enumerate(windows) if w == window]
+            size = q.shape[2] * q.shape[3] * q.element_size() // window.dilation
+            together = max(1, 4 * WORKSPACE // max(size, 1))
+            for start in range(0, len(heads), together):
+                some = heads[start : start + together]
+                if some == list(range(some[0], some[-1] + 1)):
+                    some = slice(some[0], some[-1] + 1)
+                rows = max(1, together // len(heads)) if self.keep is None else 1
+                for b in range(0, q.shape[0], rows):
+                    batch = slice(b, b + rows)
+                    for residue in range(window.dilation):
+                        # Queries whose key index leaves this residue meet only keys of it.
+                        first = (residue - offset) % window.dilation
+                        strided = slice(first, None, window.dilation)
+                        at_keys = slice(residue, None, window.dilation)
+                        yield window, (batch, some, strided), (batch, some, at_keys), b
+
+    def _blocks(
+        self, window: Window, at_k: tuple, batch: int, queries: int, keys: int, q: Tensor
+    ) -> tuple[Blocks, int]:
+        """The blocks of one task, and the index of the first key that block 0 looks at.
+
+        Queries are right-aligned with the keys of their residue: offset is in steps of it.
+        """
+        size = _block(window)
+        before, after = (
+            -(-min(reach, keys + queries) // size) * size for reach in (window.before, window.after)
+        )
+        offset = keys - queries
+        steps = torch.arange(size, device=q.device)[:, None] + before
+        steps = steps - torch.arange(before + size + after, device=q.device)
+        band = (steps <= window.before) & (steps >= -window.after)
+        inner = additive(band, q.dtype)[None, None]
+        keep = None if self.keep is None else self.keep[batch, at_k[2]]
+
+        def mask(first: int, last: int) -> Tensor:
+            low = offset - before + first * size
+            high = offset + after + last * size
+            if low >= 0 and high <= keys and keep is None:
+                return inner
+            index = torch.arange(low, high, device=q.device)
+            valid = (index >= 0) & (index < keys)
+            if keep is not None and keys:
+                valid = valid & keep[index.clamp(0, keys - 1)]
+            spans = valid.unfold(0, before + size + after, size)  # n K
+            return additive(spans[:, None] & band, q.dtype)[None]
+
+        return Blocks(size, before, after, mask), offset - before
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        o = v.new_empty(*q.shape[:3], v.shape[3])
+        lse = v.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+        for window, at_q, at_k, batch in self._tasks(q, k):
+            queries, keys = q[at_q], k[at_k]
+            length = queries.shape[2]
+            if queries.numel() == 0 or keys.shape[2] == 0:
+                o[at_q], lse[at_q] = 0, -torch.inf
+                continue
+            blocks, low = self._blocks(window, at_k, batch, length, keys.shape[2], q)
+            rows = _padded(queries, 0, blocks.size)
+            reach = low, rows.shape[1] + blocks.span - blocks.size
+            part, sums = blocks.forward(
+                rows, _cut(keys, *reach), _cut(v[at_k], *reach), scale
+            )
+            shape = queries.shape[:2]
+            o[at_q] = part[:, :length].unflatten(0, shape)
+            lse[at_q] = sums[:, :length].unflatten(0, shape)
+        return o, lse
+
+    def backward(
+        self,
+        do: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        o: Tensor,
+        lse: Tensor,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for window, at_q, at_k, batch in self._tasks(q, k):
+            queries, keys = q[at_q], k[at_k]
+            length, count = queries.shape[2], keys.shape[2]
+            if queries.numel() == 0 or count == 0:
+                continue
+            blocks, low = self._blocks(window, at_k, batch, length, count, q)
+            wide = [_padded(t[at_q], 0, blocks.size) for t in (do, q, o)]
+            sums = _padded(lse[at_q][..., None], 0, blocks.size)[..., 0]
+            reach = low, wide[0].shape[1] + blocks.span - blocks.size
+            part, *key_parts = blocks.backward(
+                wide[0],
+                wide[1],
+                _cut(keys, *reach),
+                _cut(v[at_k], *reach),
+                wide[2],
+                sums,
+                scale,
+            )
+            dq[at_q] = part[:, :length].unflatten(0, queries.shape[:2])
+            start, stop = max(low, 0), min(low + reach[1], count)
+            inside = (*at_k[:2], slice(None))
+            for grad, each in zip((dk, dv), key_parts, strict=True):
+                target = grad[inside][:, :, at_k[2]][:, :, start:stop]
+                each = each[:, start - low : stop - low].unflatten(0, queries.shape[:2])
+                if isinstance(at_k[1], slice):
+                    target += each
+                else:  # a list of heads copies: write back
+                    full = torch.zeros_like(keys)
+                    full[:, :, start:stop] = each.to(full.dtype)
+                    grad[at_k] += full
+        return dq, dk, dv
+
+
+def _block(window: Window) -> int:
+    """Queries a block: short against the reach, or the corners outside the band cost too much."""
+    reach = max(window.before, window.after, 2)
+    return min(128, max(16, 1 << ((reach - 1).bit_length() - 1)))
+
+
+def _padded(t: Tensor, low: int, size: int) -> Tensor:
+    """Rows flattened, with zeros to a multiple of `size`."""
+    length = t.shape[2]
+    return _cut(t, low, -(-length // size) * size)
+
+
+def _cut(t: Tensor, low: int, length: int) -> Tensor:
+    """t[…, low : low + length, :] with zeros outside, rows flattened: X length D, contiguous."""
+    start, stop = max(low, 0), min(low + length, t.shape[2])
+    inside = t[:, :, start:stop]
+    outside = (0, 0, start - low, low + length - stop)
+    return F.pad(inside, outside).flatten(0, 1).contiguous()
