@@ -70,9 +70,7 @@ def tile_backward(
         widths = q.shape[3], v.shape[3]
         q, k, v, _ = _even(q, k, v)
         do, o = (F.pad(t, (0, q.shape[3] - widths[1])) for t in (do, o))
-        dq, dk, dv = _flash_backward(
-            do, q, k, v, o, lse, 0.0, False, attn_mask=mask, scale=scale
-        )
+        dq, dk, dv = _flash_backward(do, q, k, v, o, lse, 0.0, False, attn_mask=mask, scale=scale)
         return dq[..., : widths[0]], dk[..., : widths[0]], dv[..., : widths[1]]
     weights = (_scores(q, k, mask, scale) - lse[..., None]).exp()
     wide = weights.dtype
@@ -149,8 +147,14 @@ class Whole(Layout):
             rows = torch.arange(keys - length + start, keys - length + stop, device=q.device)
             mask = torch.arange(limit, device=q.device) <= rows[:, None]
             mask = mask if seen is None else mask & seen[..., :limit]
-            yield slice(start, stop), limit, additive(mask.expand(-1, -1, *mask.shape[-2:])
-                if mask.dim() == 4 else mask[None, None], q.dtype)
+            yield (
+                slice(start, stop),
+                limit,
+                additive(
+                    mask.expand(-1, -1, *mask.shape[-2:]) if mask.dim() == 4 else mask[None, None],
+                    q.dtype,
+                ),
+            )
 
     def _square(self, q: Tensor, k: Tensor) -> bool:
         """The kernel's own causal form serves: aligned at the top left, no masks."""
@@ -238,7 +242,10 @@ class _Union(torch.autograd.Function):
         return None, None, dq, *grads
 
 
-@torch.compiler.disable  # loops over tiles and kernels without a meta form: eager under compile
+# Loops over tiles and kernels without a meta form: eager under torch.compile.
+_union: Any = torch.compiler.disable(_Union.apply)
+
+
 def union(
     q: Tensor, parts: Sequence[tuple[Layout, Tensor, Tensor]], *, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -252,7 +259,7 @@ def union(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     flat = [t for _, k, v in parts for t in (k, v)]
-    return _Union.apply(tuple(layout for layout, _, _ in parts), scale, q, *flat)  # pyright: ignore
+    return _union(tuple(layout for layout, _, _ in parts), scale, q, *flat)
 
 
 def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -287,9 +294,9 @@ def explicit(
     `seen`, `bias`, `multiplier` and `gate` broadcast to B H L S; computed in at least float32.
     The gate does not renormalise: append a column of ones to v where its sum is wanted.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
     wide = torch.promote_types(q.dtype, torch.float32)
-    scores = einsum(q.to(wide) * scale, k.to(wide), "B H L D, B H S D -> B H L S")
+    scores = einsum(q.to(wide) * factor, k.to(wide), "B H L D, B H S D -> B H L S")
     if multiplier is not None:
         scores = scores * multiplier
     if bias is not None:
@@ -384,9 +391,7 @@ def attend(
     """
     length, keys = q.shape[2], k.shape[2]
     if bias is not None or (dropout and (keep is not None or (causal and length != keys))):
-        return tiled(
-            q, k, v, causal=causal, keep=keep, bias=bias, dropout=dropout, scale=scale
-        )[0]
+        return tiled(q, k, v, causal=causal, keep=keep, bias=bias, dropout=dropout, scale=scale)[0]
     if keep is None and keys and (not causal or length in (1, keys)):
         square = causal and length > 1
         return F.scaled_dot_product_attention(

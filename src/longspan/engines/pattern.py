@@ -90,9 +90,12 @@ class Blocks:
         o = v.new_empty(*q.shape[:2], v.shape[2])
         lse = v.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
         for first, last in self._ranges(q, k.shape[2]):
-            keys = (self._views(t, first, last, self.span) for t in (k, v))
             part, sums = tile_forward(
-                self._views(q, first, last, self.size), *keys, self.mask(first, last), scale
+                self._views(q, first, last, self.size),
+                self._views(k, first, last, self.span),
+                self._views(v, first, last, self.span),
+                self.mask(first, last),
+                scale,
             )
             rows = slice(first * self.size, last * self.size)
             o[:, rows], lse[:, rows] = part.flatten(1, 2), sums.flatten(1, 2)
@@ -111,11 +114,11 @@ class Blocks:
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for first, last in self._ranges(q, k.shape[2]):
             rows = slice(first * self.size, last * self.size)
-            keys = (self._views(t, first, last, self.span) for t in (k, v))
             part, *key_parts = tile_backward(
                 self._views(do, first, last, self.size),
                 self._views(q, first, last, self.size),
-                *keys,
+                self._views(k, first, last, self.span),
+                self._views(v, first, last, self.span),
                 self._views(o, first, last, self.size),
                 lse[:, rows].unflatten(1, (-1, self.size)),
                 self.mask(first, last),
@@ -146,7 +149,7 @@ class Banded(Layout):
         windows = self.windows * q.shape[1] if len(self.windows) == 1 else self.windows
         if len(windows) != q.shape[1]:
             raise LongspanError(
-                f"{len(windows)} windows were given for {q.shape[1]} heads: give one, or one a head."
+                f"{len(windows)} windows were given for {q.shape[1]} heads: give 1 or one a head."
             )
         offset = k.shape[2] - q.shape[2]
         for window in dict.fromkeys(windows):
@@ -211,9 +214,7 @@ class Banded(Layout):
             blocks, low = self._blocks(window, at_k, batch, length, keys.shape[2], q)
             rows = _padded(queries, 0, blocks.size)
             reach = low, rows.shape[1] + blocks.span - blocks.size
-            part, sums = blocks.forward(
-                rows, _cut(keys, *reach), _cut(v[at_k], *reach), scale
-            )
+            part, sums = blocks.forward(rows, _cut(keys, *reach), _cut(v[at_k], *reach), scale)
             shape = queries.shape[:2]
             o[at_q] = part[:, :length].unflatten(0, shape)
             lse[at_q] = sums[:, :length].unflatten(0, shape)

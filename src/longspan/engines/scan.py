@@ -52,11 +52,6 @@ def _outer(q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> tuple[Tenso
     return _chunked(q, k, v, state)
 
 
-@torch.compiler.disable  # a Python loop over groups that dynamo would unroll
-def _chunked(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    return _Outer.apply(q, k, v, state)  # pyright: ignore[reportReturnType]
-
-
 def _groups(rows: int, length: int) -> Iterator[tuple[slice, list[tuple[int, int, int]]]]:
     """Rows (batch × heads) worked on together, with their spans (start, chunks, chunk)."""
     whole, rest = divmod(length, CHUNK)
@@ -70,16 +65,14 @@ def _groups(rows: int, length: int) -> Iterator[tuple[slice, list[tuple[int, int
 
 class _Outer(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, state: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         batch, heads, length, _ = q.shape
         flat = [t.reshape(batch * heads, *t.shape[2:]) for t in (q, k, v)]
         wide = state.dtype
         o = torch.empty_like(flat[2])
         final = torch.empty_like(state).flatten(0, 1)
-        spans = list(_groups(1, length))[0][1] if batch * heads else []
-        borders = state.new_empty(len(spans), *final.shape)
+        groups = -(-(length // CHUNK) // GROUP) + (length % CHUNK > 0)
+        borders = state.new_empty(groups, *final.shape)
         for rows, spans in _groups(batch * heads, length):
             running = state.flatten(0, 1)[rows]
             for g, (start, n, chunk) in enumerate(spans):
@@ -141,3 +134,7 @@ def _states(
     others = torch.matmul(triangle, sums).add_(start)
     end = others[:, 0] + sums[:, 0] if reverse else others[:, -1] + sums[:, -1]
     return others.view(-1, *running.shape[1:]), end.view_as(running)
+
+
+# A Python loop over groups that dynamo would unroll: eager under torch.compile.
+_chunked: Any = torch.compiler.disable(_Outer.apply)

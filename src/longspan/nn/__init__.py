@@ -2,6 +2,7 @@
 
 from longspan.nn.blocks import Block, FeedForward, norm
 from longspan.nn.heads import MultiHead, MultiHeadState
+from longspan.nn.memory import Remember
 from longspan.nn.protocols import Attention, Bias, Mixer, Position
 from longspan.nn.state import (
     State,
@@ -26,6 +27,7 @@ __all__ = [
     "MultiHead",
     "MultiHeadState",
     "Position",
+    "Remember",
     "State",
     "detach",
     "fork",

@@ -19,7 +19,7 @@ class MultiHeadState(NamedTuple):
 
 
 class MultiHead(Mixer):
-    """y = [o_1; …; o_H] W_o with o_h = attention(x W_q, x W_k, x W_v)_h (Vaswani et al., Sec. 3.2.2).
+    """y = [o_1; …; o_H] W_o, o_h = attention(x W_q, x W_k, x W_v)_h (Vaswani et al., Sec. 3.2.2).
 
     Args:
         width: E. heads: H. head_width: D, by default E / H. value_width: V, by default D.
@@ -74,16 +74,17 @@ class MultiHead(Mixer):
         }
         if attention.shared:
             del sizes["k"]
-        self.project = nn.ModuleDict({n: nn.Linear(width, s, biases) for n, s in sizes.items()})
+        linears = {n: nn.Linear(width, size, biases) for n, size in sizes.items()}
         self.output = nn.Linear(heads * self.value_width, width, biases)
-        for linear in (*self.project.values(), self.output):
+        for linear in (*linears.values(), self.output):
             nn.init.xavier_uniform_(linear.weight)
             if biases:
                 nn.init.zeros_(linear.bias)
         for name, origin in attention.extra.items():
             copy = nn.Linear(width, sizes[origin], biases)
-            copy.load_state_dict(self.project[origin].state_dict())
-            self.project[name] = copy
+            copy.load_state_dict(linears[origin].state_dict())
+            linears[name] = copy
+        self.project = nn.ModuleDict(linears)
 
     def forward(
         self,
@@ -129,7 +130,7 @@ class MultiHead(Mixer):
         hooks: dict[str, Any] = {} if marks is None else {"marks": marks}
         for name, origin in attention.extra.items():
             hooks[name] = heads(name, x if origin == "q" else source)
-        if not attention.grouped:
+        if not attention.grouped and self.kv_heads != self.heads:
             k, v = (t.repeat_interleave(self.heads // t.shape[1], dim=1) for t in (k, v))
         if self.position is not None and "bias" in self.position.acts:
             hooks["bias"] = self.position.bias

@@ -4,10 +4,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from longspan.errors import LongspanError
-from longspan.nn.state import State
 from longspan.shapes import Context, Inputs, Keep, Keys, Marks, Outputs, Queries, Values
 
 # Added to the scaled scores: (q: B H L D, k: B H S D, pos_q: L, pos_k: S) → (B|1) H L S.
@@ -33,7 +33,7 @@ class Attention(nn.Module, ABC):
     """
 
     shared: ClassVar[bool] = False
-    extra: ClassVar[Mapping[str, Literal["q", "k", "v"]]] = {}
+    extra: Mapping[str, Literal["q", "k", "v"]] = {}
     takes_bias: ClassVar[bool] = False
     takes_marks: ClassVar[bool] = False
     grouped: ClassVar[bool] = False
@@ -41,19 +41,12 @@ class Attention(nn.Module, ABC):
     def __init__(self, *, causal: bool = False) -> None:
         super().__init__()
         self.causal = causal
+        self.register_forward_pre_hook(_check_attention, with_kwargs=True)
 
     @abstractmethod
     def forward(
         self, q: Queries, k: Keys, v: Values, state: Any = None, *, keep: Keep | None = None
     ) -> tuple[Outputs, Any]: ...
-
-    def start(self, state: State) -> None:
-        """Refuse a state where there is none to carry."""
-        if state is not None and not self.causal:
-            raise LongspanError(
-                f"{type(self).__name__} got a state, but only a causal attention carries one: "
-                "build it with causal=True."
-            )
 
 
 class Mixer(nn.Module, ABC):
@@ -64,6 +57,10 @@ class Mixer(nn.Module, ABC):
     `context` where given, else of x; outputs at masked positions of x are 0. `marks` singles out
     tokens of x for the mixers that treat some apart.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_forward_pre_hook(_check_mixer, with_kwargs=True)
 
     @abstractmethod
     def forward(
@@ -103,3 +100,66 @@ class Position(nn.Module):
 
     def bias(self, q: Tensor, k: Tensor, pos_q: Tensor, pos_k: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} acts by {sorted(self.acts)}, not bias.")
+
+
+def _check_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse inputs that do not fit each other, before any compute."""
+    assert isinstance(module, Attention)
+    name = type(module).__name__
+    given = dict(zip(("q", "k", "v", "state"), args, strict=False)) | kwargs
+    q, k, v = given["q"], given["k"], given["v"]
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise LongspanError(
+            f"{name} got q, k, v with {q.dim()}, {k.dim()}, {v.dim()} axes: expected 4, "
+            "batch × heads × tokens × width."
+        )
+    heads_fit = k.shape[1] == v.shape[1] and (
+        q.shape[1] == k.shape[1] or (module.grouped and k.shape[1] and not q.shape[1] % k.shape[1])
+    )
+    if not (heads_fit and q.shape[0] == k.shape[0] == v.shape[0] and k.shape[2] == v.shape[2]):
+        raise LongspanError(
+            f"{name} got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: batch, heads "
+            "and the number of keys and values must agree."
+        )
+    if q.shape[3] != k.shape[3]:
+        raise LongspanError(
+            f"{name} got queries of width {q.shape[3]} and keys of width {k.shape[3]}: "
+            "give both the same width."
+        )
+    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
+        raise LongspanError(
+            f"{name} got q, k, v as {q.dtype}, {k.dtype}, {v.dtype}: cast them to one float dtype."
+        )
+    _check_keep(name, given.get("keep"), (k.shape[0], k.shape[2]))
+    if given.get("state") is not None and not module.causal:
+        raise LongspanError(
+            f"{name} got a state, but only a causal attention carries one: build it causal=True."
+        )
+
+
+def _check_mixer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    name = type(module).__name__
+    given = dict(zip(("x", "state"), args, strict=False)) | kwargs
+    x, context = given["x"], given.get("context")
+    for what, t in (("x", x), ("context", context)):
+        if t is not None and (t.dim() != 3 or not t.is_floating_point()):
+            raise LongspanError(
+                f"{name} got {what} of shape {tuple(t.shape)} and {t.dtype}: expected floats, "
+                "batch × tokens × width."
+            )
+    if context is not None and context.shape[0] != x.shape[0]:
+        raise LongspanError(
+            f"{name} got {x.shape[0]} rows of x and {context.shape[0]} of context: they must agree."
+        )
+    source = x if context is None else context
+    _check_keep(name, given.get("keep"), tuple(source.shape[:2]))
+    if (marks := given.get("marks")) is not None:
+        _check_keep(name, marks, tuple(x.shape[:2]), what="marks")
+
+
+def _check_keep(name: str, keep: Any, shape: tuple[int, ...], *, what: str = "keep") -> None:
+    if keep is not None and (keep.dtype != torch.bool or tuple(keep.shape) != shape):
+        raise LongspanError(
+            f"{name} got {what} of shape {tuple(keep.shape)} and {keep.dtype}: expected bool "
+            f"{shape}, True where a token may be seen."
+        )

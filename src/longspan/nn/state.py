@@ -92,7 +92,9 @@ def save_state(state: State, path: str | Path) -> None:
             return name
         kind = type(part)
         return {
-            "type": f"{kind.__module__}:{kind.__qualname__}" if hasattr(part, "_fields") else "tuple",
+            "type": f"{kind.__module__}:{kind.__qualname__}"
+            if hasattr(part, "_fields")
+            else "tuple",
             "parts": [describe(p, f"{name}.{i}") for i, p in enumerate(part)],
         }
 

@@ -32,7 +32,7 @@ class KeysValues(NamedTuple):
         paper="Attention Is All You Need",
         cite="Vaswani et al., NeurIPS 2017",
         link="https://arxiv.org/abs/1706.03762",
-        what="Every token attends to every token it may see, weighted by a softmax of dot products.",
+        what="Every token attends to all that it may see, weighted by a softmax of dot products.",
         modes={"bidirectional", "causal", "cross", "step"},
         time="L*S*D + L*S*V",
         memory="S*D + S*V",
@@ -89,7 +89,6 @@ class SoftmaxAttention(Attention):
         keep: Keep | None = None,
         bias: Bias | None = None,
     ) -> tuple[Outputs, KeysValues | None]:
-        self.start(state)
         if keep is not None:
             k, v = (t.masked_fill(~keep[:, None, :, None], 0) for t in (k, v))
         carried = None

@@ -89,7 +89,9 @@ class Longformer(Attention):
         self.windows = [
             pattern.Window(w // 2, 0 if causal else w // 2, d)
             for w, d in zip(
-                windows * (heads // len(windows)), dilations * (heads // len(dilations)), strict=True
+                windows * (heads // len(windows)),
+                dilations * (heads // len(dilations)),
+                strict=True,
             )
         ]
         self.reach = max(w.before * w.dilation for w in self.windows)
@@ -110,7 +112,6 @@ class Longformer(Attention):
         k_global: Keys | None = None,
         v_global: Values | None = None,
     ) -> tuple[Outputs, Recent | None]:
-        self.start(state)
         if self.causal:
             if marks is not None:
                 raise LongspanError(
@@ -140,7 +141,9 @@ class Longformer(Attention):
         v_all = v if v_global is None else v_global
         if keep is not None:
             k_all, v_all = (t.masked_fill(~keep[:, None, :, None], 0) for t in (k_all, v_all))
-        wide = dense.attend(_take(q if q_global is None else q_global, rows), k_all, v_all, keep=keep)
+        wide = dense.attend(
+            _take(q if q_global is None else q_global, rows), k_all, v_all, keep=keep
+        )
         placed = torch.zeros_like(o).scatter(2, _spread(rows, wide), wide)
         return torch.where(hubs[:, None, :, None], placed, o), None
 

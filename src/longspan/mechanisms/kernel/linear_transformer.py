@@ -67,13 +67,12 @@ class LinearTransformer(Attention):
         *,
         keep: Keep | None = None,
     ) -> tuple[Outputs, Float[Tensor, "B H M V+1"] | None]:
-        self.start(state)
-        if keep is not None:
-            seen = keep[:, None, :, None]
-            k, v = k.masked_fill(~seen, 0), v.masked_fill(~seen, 0)
+        unseen = None if keep is None else ~keep[:, None, :, None]
+        if unseen is not None:
+            k, v = k.masked_fill(unseen, 0), v.masked_fill(unseen, 0)
         q, k = self.features(q), self.features(k)
-        if keep is not None:
-            k = k.masked_fill(~seen, 0)  # after φ: elu(0) + 1 would count as a key
+        if unseen is not None:
+            k = k.masked_fill(unseen, 0)  # after φ: elu(0) + 1 would count as a key
         # With a column of ones beside v, one sum gives the numerator and the denominator.
         v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
         o, state = scan.outer(q, k, v, state) if self.causal else (scan.total(q, k, v), None)

@@ -1,0 +1,407 @@
+"""Content-chosen sparsity: give tokens buckets, sort by them, attend near by, undo the sort.
+
+Buckets carry no gradient. A token stands in one slot of each round's sorted list; the rounds are
+joined under one softmax, so a pair that meets in several rounds counts as often unless `unique`.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from longspan.engines import dense
+from longspan.engines.dense import Layout, merge
+from longspan.engines.pattern import WORKSPACE, Blocks
+from longspan.errors import LongspanError
+from longspan.shapes import Keep
+
+Buckets = Int[Tensor, "B H R L"]
+
+
+def rotations(
+    heads: int,
+    rounds: int,
+    width: int,
+    factors: Sequence[int],
+    *,
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, "H R D F"]:
+    """Fresh Gaussian directions for `hash_angles`, F = Σ factors / 2; on the CPU, float32."""
+    return torch.randn(heads, rounds, width, sum(factors) // 2, generator=generator)
+
+
+@torch.no_grad()
+def hash_angles(
+    x: Float[Tensor, "B H L D"], directions: Float[Tensor, "H R D F"], factors: Sequence[int]
+) -> Buckets:
+    """h(x) = argmax [x R ; −x R] for each round, several factors in mixed radix.
+
+    Two vectors at angle θ share one of two buckets with probability 1 − θ/π (Andoni et al., 2015).
+    Works in pieces of the sequence, so memory does not hold L × F products.
+    """
+    # In at least float32, or rounding would move tokens between buckets.
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    directions = directions.to(x.device, x.dtype)
+    found = x.new_empty(*x.shape[:2], directions.shape[1], x.shape[2], dtype=torch.long)
+    step = max(1, WORKSPACE // (x.shape[0] * x.shape[1] * directions[0].numel() // x.shape[3] * 4))
+    for start in range(0, x.shape[2], step):
+        piece = x[:, :, None, start : start + step] @ directions
+        base, at, code = 1, 0, torch.zeros_like(piece[..., 0], dtype=torch.long)
+        for factor in factors:
+            part = piece[..., at : at + factor // 2]
+            code += base * torch.cat([part, -part], -1).argmax(-1)
+            base, at = base * factor, at + factor // 2
+        found[..., start : start + step] = code
+    return found
+
+
+def factor(buckets: int | Sequence[int]) -> tuple[int, ...]:
+    """The even factors of a bucket count; many buckets hash in two factors of about the root.
+
+    Raises:
+        LongspanError: an odd or non-positive factor.
+    """
+    if isinstance(buckets, int):
+        root = 1 << (buckets.bit_length() // 2)
+        split = buckets > 256 and buckets % root == 0 and buckets // root % 2 == 0
+        buckets = (root, buckets // root) if split else (buckets,)
+    if any(b < 2 or b % 2 for b in buckets):
+        raise LongspanError(
+            f"buckets {tuple(buckets)} do not hash by signs: every factor must be even and ≥ 2."
+        )
+    return tuple(buckets)
+
+
+@dataclass(frozen=True)
+class Order:
+    """Where each token stands in each round's list of `size` slots, a multiple of `block`."""
+
+    slot: Int[Tensor, "B H R L"]
+    size: int
+    block: int
+
+
+@torch.no_grad()
+def packed_order(buckets: Buckets, block: int) -> Order:
+    """Sorted by (bucket, position), without gaps: later tokens move the borders of blocks."""
+    ranks = buckets.argsort(dim=-1, stable=True).argsort(dim=-1)
+    return Order(ranks, -(-buckets.shape[-1] // block) * block, block)
+
+
+@torch.no_grad()
+def aligned_order(buckets: Buckets, count: int, block: int) -> Order:
+    """Sorted by (bucket, position), every bucket starting a new block.
+
+    A token's slot within its bucket depends on earlier tokens only, and so does what its block
+    holds before it: strictly causal, bit for bit.
+    """
+    length = buckets.shape[-1]
+    order = buckets.argsort(dim=-1, stable=True)
+    ids = buckets.gather(-1, order)
+    sizes = torch.zeros(*buckets.shape[:-1], count, dtype=torch.long, device=buckets.device)
+    sizes.scatter_add_(-1, buckets, torch.ones_like(buckets))
+    roomy = -(-sizes // block) * block
+    start, padded = sizes.cumsum(-1) - sizes, roomy.cumsum(-1) - roomy
+    slots = padded.gather(-1, ids) + torch.arange(length, device=ids.device) - start.gather(-1, ids)
+    slot = torch.empty_like(slots).scatter_(-1, order, slots)
+    return Order(slot, -(-length // block) * block + count * block, block)
+
+
+class Sorted(Layout):
+    """Each token meets tokens near it in the sorted lists of all rounds.
+
+    Args:
+        order: where tokens stand. buckets: B H R L, for `same`.
+        before, after: reach in slots: of whole blocks, or with `sliding` of the token itself.
+        joined: the rounds' lists are one ring: the first block of a round looks at the last of
+            the round before (the paper's form); else nothing lies beyond a list's ends.
+        causal: only keys at earlier or equal positions.
+        same: only keys of the same bucket.
+        own: addend where a token meets itself; None leaves it be.
+        unique: subtract the log of the number of rounds in which a pair meets.
+        keep: keys that may be seen.
+    """
+
+    def __init__(
+        self,
+        order: Order,
+        buckets: Buckets,
+        *,
+        before: int,
+        after: int = 0,
+        sliding: bool = False,
+        joined: bool = False,
+        causal: bool = False,
+        same: bool = False,
+        own: float | None = None,
+        unique: bool = False,
+        keep: Keep | None = None,
+    ) -> None:
+        self.order, self.buckets, self.keep = order, buckets, keep
+        self.before, self.after, self.sliding, self.joined = before, after, sliding, joined
+        self.causal, self.same, self.own, self.unique = causal, same, own, unique
+        block = order.block
+        self.reach = tuple(-(-r // block) * block for r in (before, after))
+
+    def _parts(self, q: Tensor) -> Iterator["_Part"]:
+        rows, rounds = q.shape[0] * q.shape[1], self.order.slot.shape[2]
+        each = rounds * self.order.size * q.shape[3] * q.element_size()
+        together = max(1, 2 * WORKSPACE // max(each, 1))
+        for start in range(0, rows, together):
+            yield _Part(self, slice(start, min(start + together, rows)), q.shape[1])
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        o, lse = v.new_empty(*q.shape[:3], v.shape[3]), v.new_empty(q.shape[:3], dtype=wide)
+        flat, flat_o, flat_lse = (q, k, v), o.flatten(0, 1), lse.flatten(0, 1)
+        q, k, v = (t.flatten(0, 1) for t in flat)
+        for part in self._parts(flat[0]) if q.numel() else ():
+            rows = part.rows
+            out, sums = part.blocks(q.dtype).forward(
+                part.sort(q[rows]), part.sort_keys(k[rows]), part.sort_keys(v[rows]), scale
+            )
+            outs, all_sums = part.unsort(out), part.unsort(sums[..., None])[..., 0]
+            joined = merge(list(zip(outs.unbind(1), all_sums.unbind(1), strict=True)))
+            flat_o[rows], flat_lse[rows] = joined
+        return o, lse
+
+    def backward(
+        self,
+        do: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        o: Tensor,
+        lse: Tensor,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        dq, dk, dv = (t.view(-1, *t.shape[2:]) for t in grads)
+        shape = q
+        do, q, k, v, o, lse = (t.flatten(0, 1) for t in (do, q, k, v, o, lse))
+        for part in self._parts(shape) if q.numel() else ():
+            rows = part.rows
+            query, key, value = part.blocks(q.dtype).backward(
+                part.sort(do[rows]),
+                part.sort(q[rows]),
+                part.sort_keys(k[rows]),
+                part.sort_keys(v[rows]),
+                part.sort(o[rows]),
+                part.sort(lse[rows][..., None])[..., 0],
+                scale,
+            )
+            dq[rows] = part.unsort(query).sum(1)
+            dk[rows] = part.unsort(part.fold(key)).sum(1)
+            dv[rows] = part.unsort(part.fold(value)).sum(1)
+        return grads
+
+
+class _Part:
+    """Some rows (batch × heads) of a `Sorted`: their permutation and masks."""
+
+    def __init__(self, layout: Sorted, rows: slice, heads: int) -> None:
+        self.layout, self.rows = layout, rows
+        order = layout.order
+        slot = order.slot.flatten(0, 1)[rows]  # X R L
+        self.count, rounds, self.length = slot.shape
+        self.total = rounds * order.size
+        offsets = torch.arange(rounds, device=slot.device)[:, None] * order.size
+        self.slots = (slot + offsets).flatten(1)  # X (R L), into the joined lists
+        # Empty slots hold the token number L, which stands for none.
+        tokens = slot.new_full((self.count, self.total), self.length)
+        where = torch.arange(self.length, device=slot.device).expand(self.count, rounds, -1)
+        tokens.scatter_(1, self.slots, where.flatten(1))
+        self.tokens, self.keys = tokens, self._around(tokens, self.length)
+        self.row_slots = slot
+        self.row_buckets = layout.buckets.flatten(0, 1)[rows]
+        batch = torch.arange(rows.start, rows.stop, device=slot.device) // heads
+        self.keep = None if layout.keep is None else layout.keep[batch]
+
+    def _around(self, t: Tensor, empty: int) -> Tensor:
+        """A list of slots with what lies before and after it."""
+        before, after = self.layout.reach
+        if self.layout.joined:
+            # A ring: repeats cover a reach longer than the list itself.
+            turns = -(-max(before, after) // t.shape[1]) if t.shape[1] else 0
+            ring = t.repeat(1, max(turns, 1))
+            return torch.cat([ring[:, ring.shape[1] - before :], t, ring[:, :after]], 1)
+        front, back = (
+            t.new_full((t.shape[0], before), empty),
+            t.new_full((t.shape[0], after), empty),
+        )
+        return torch.cat([front, t, back], 1)
+
+    def _rows(self, t: Tensor, index: Tensor) -> Tensor:
+        """Rows of t (X, T, D) by index (X, n); index_select is ten times faster than gather."""
+        base = torch.arange(t.shape[0], device=t.device)[:, None] * t.shape[1]
+        flat = t.reshape(-1, t.shape[-1]).index_select(0, (index + base).flatten())
+        return flat.view(*index.shape, t.shape[-1])
+
+    def sort(self, t: Tensor) -> Tensor:
+        """X L D → X (R T) D; an empty slot holds zeros."""
+        rows = self._rows(t, self.tokens.clamp(max=self.length - 1))
+        return rows.masked_fill_((self.tokens == self.length)[..., None], 0)
+
+    def sort_keys(self, t: Tensor) -> Tensor:
+        """The same with what lies before and after; empty slots hold any token, masked."""
+        return self._rows(t, self.keys.clamp(max=self.length - 1))
+
+    def unsort(self, t: Tensor) -> Tensor:
+        """X (R T) D → X R L D."""
+        rounds = self.row_slots.shape[1]
+        return rearrange(self._rows(t, self.slots), "X (R L) D -> X R L D", R=rounds)
+
+    def fold(self, t: Tensor) -> Tensor:
+        """Gradients of `sort_keys`' list, those of its surroundings returned to their slots."""
+        before, _ = self.layout.reach
+        inside = t[:, before : before + self.total]
+        if self.layout.joined:
+            inside = inside.clone()
+            for start, outside in ((-before, t[:, :before]), (0, t[:, before + self.total :])):
+                at = torch.arange(start, start + outside.shape[1], device=t.device) % self.total
+                inside.index_add_(1, at, outside)
+        return inside
+
+    def blocks(self, dtype: torch.dtype) -> Blocks:
+        layout, order = self.layout, self.layout.order
+        size, (before, after) = order.block, layout.reach
+        span = before + size + after
+        rounds = torch.arange(self.total, device=self.tokens.device) // order.size
+        rounds = rounds.expand(self.count, -1)
+        key_rounds = self._around(rounds, 0)
+
+        def mask(first: int, last: int) -> Tensor:
+            i = self.tokens[:, first * size : last * size].unflatten(1, (-1, size))[..., None]
+            cut = slice(first * size, (last - 1) * size + span)
+            j = self.keys[:, cut].unfold(1, span, size)[:, :, None]  # X n 1 K
+            seen = (i < self.length) & (j < self.length)
+            if layout.causal:
+                seen &= i >= j
+            if layout.sliding:
+                steps = torch.arange(size, device=i.device)[:, None] + before
+                steps = steps - torch.arange(span, device=i.device)
+                seen &= (steps <= layout.before) & (steps >= -layout.after)
+            i, j = i.clamp(max=self.length - 1), j.clamp(max=self.length - 1)
+            if self.keep is not None:
+                seen &= _at(self.keep[:, None], j)
+            if layout.same:
+                round_i = rounds[:, first * size : last * size].unflatten(1, (-1, size))[..., None]
+                round_j = key_rounds[:, cut].unfold(1, span, size)[:, :, None]
+                own = _at(self.row_buckets, i, round_i)
+                seen &= (own == _at(self.row_buckets, j, round_j)) & (round_i == round_j)
+            added = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+            if layout.own is not None:
+                added.masked_fill_(i == j, layout.own)
+            if layout.unique:
+                added -= self._meetings(i, j).clamp(min=1).to(dtype).log()
+            return added.masked_fill_(~seen, -math.inf)
+
+        return Blocks(size, before, after, mask)
+
+    def _meetings(self, i: Tensor, j: Tensor) -> Tensor:
+        """In how many rounds i sees j."""
+        layout, size = self.layout, self.layout.order.block
+        total = 0
+        for r in range(self.row_slots.shape[1]):
+            slots, buckets = self.row_slots[:, r : r + 1], self.row_buckets[:, r : r + 1]
+            if layout.sliding:
+                steps = _at(slots, i) - _at(slots, j)
+                met = (steps <= layout.before) & (steps >= -layout.after)
+            else:
+                steps = _at(slots, i) // size - _at(slots, j) // size
+                met = (steps <= layout.before // size) & (steps >= -(layout.after // size))
+            if layout.same:
+                met = met & (_at(buckets, i) == _at(buckets, j))
+            total = total + met
+        assert isinstance(total, Tensor)
+        return total
+
+
+def _at(values: Tensor, token: Tensor, round: Tensor | None = None) -> Tensor:
+    """values (X, R, L) at tokens (X, n, a, b) of the given rounds, or of round 0."""
+    index = token if round is None else token + round * values.shape[2]
+    flat = values.flatten(1)
+    return flat.gather(1, index.flatten(1)).view(index.shape)
+
+
+class Hashed(NamedTuple):
+    """Every key and value seen, which of them may be seen, and their buckets in each round."""
+
+    k: Float[Tensor, "B H S D"]
+    v: Float[Tensor, "B H S V"]
+    keep: Bool[Tensor, "B S"]
+    buckets: Int[Tensor, "B H R S"]
+
+
+def grow(
+    table: Hashed | None,
+    q: Float[Tensor, "B H L D"],
+    v: Float[Tensor, "B H L V"],
+    keep: Bool[Tensor, "B L"] | None,
+    directions: Float[Tensor, "H R D F"],
+    factors: Sequence[int],
+) -> Hashed:
+    """The table with L tokens more, whose keys are their queries at unit length.
+
+    Masked tokens fall into a bucket of their own, behind all others.
+    """
+    seen = q.new_ones(q.shape[0], q.shape[2], dtype=torch.bool) if keep is None else keep
+    q, v = (t.masked_fill(~seen[:, None, :, None], 0) for t in (q, v))
+    unit = F.normalize(q.to(torch.promote_types(q.dtype, torch.float32)), dim=-1, eps=1e-6)
+    buckets = hash_angles(unit, directions, factors)
+    new = Hashed(
+        unit.to(q.dtype), v, seen, buckets.masked_fill(~seen[:, None, None], math.prod(factors))
+    )
+    if table is None:
+        return new
+    axes = (2, 2, 1, 3)
+    return Hashed(*(torch.cat(pair, axis) for *pair, axis in zip(table, new, axes, strict=True)))
+
+
+def attend(q: Float[Tensor, "B H L D"], table: Hashed, layout: Sorted) -> Float[Tensor, "B H L V"]:
+    """The last L tokens of the table attend under `layout`; their scores are not scaled."""
+    length, keys = q.shape[2], table.k.shape[2]
+    q = q.masked_fill(~table.keep[:, None, keys - length :, None], 0)
+    o, _ = dense.union(F.pad(q, (0, 0, keys - length, 0)), [(layout, table.k, table.v)], scale=1.0)
+    return o[:, :, keys - length :]
+
+
+def step(
+    q: Float[Tensor, "B H 1 D"],
+    table: Hashed,
+    *,
+    own: float,
+    before: int | None = None,
+    recent: int = 0,
+    unique: bool = False,
+) -> Float[Tensor, "B H 1 V"]:
+    """The last token attends to the table's tokens of its buckets, without sorting anything.
+
+    Args:
+        own: addend where it meets itself.
+        before: only so many earlier tokens of its bucket; None for all.
+        recent: the last tokens, met whatever their bucket.
+        unique: a key that it meets in several rounds counts once.
+    """
+    seen = table.keep[:, None, None]
+    met = (table.buckets == table.buckets[..., -1:]) & seen
+    if before is not None:
+        met &= met.flip(-1).cumsum(-1).flip(-1) <= before + 1
+    times = met.sum(2, keepdim=True)
+    late = table.keep & (table.keep.flip(-1).cumsum(-1).flip(-1) <= recent)
+    times = torch.where(late[:, None, None], times.clamp(min=1), times)
+    weight = times.clamp(min=1).to(q.dtype).log() if not unique else torch.zeros_like(q[..., :1])
+    bias = F.pad(weight.expand(*q.shape[:2], 1, seen.shape[-1])[..., :-1], (0, 1), value=own)
+    return dense.explicit(q, table.k, table.v, seen=times > 0, bias=bias, scale=1.0)[0]
+
+
+def check_shared(name: str, q: Tensor, k: Tensor) -> None:
+    """Refuse keys that are not the queries (by storage, which fake tensors do not have)."""
+    if q is not k and not torch.compiler.is_compiling() and q.data_ptr() != k.data_ptr():
+        raise LongspanError(f"{name} uses its queries as keys: pass the same tensor as q and k.")

@@ -1,0 +1,148 @@
+"""Rotary position embedding, RoPE (Su et al., 2021)."""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from longspan.card import Card
+from longspan.errors import LongspanError
+from longspan.nn import Position
+from longspan.nn.positions import at_least_float32, frequencies, raster
+from longspan.registry import mechanism
+
+Planes = Literal["interleaved", "half-split"]
+
+
+@mechanism(
+    Card(
+        id="rope",
+        name="Rotary position embedding (RoPE)",
+        kind="position",
+        family="position",
+        paper="RoFormer: Enhanced Transformer with Rotary Position Embedding",
+        cite="Su et al., 2021",
+        link="https://arxiv.org/abs/2104.09864",
+        what="Turns queries and keys by angles that grow with position, so that their products "
+        "tell how far apart they are.",
+        modes={"bidirectional", "causal", "cross", "step"},
+        time="L*D",
+        memory="L*D",
+    )
+)
+class RotaryPosition(Position):
+    """(R_i q)·(R_j k) = qᵀ R_{j−i} k: plane c is turned by the angle i θ_c, θ_c = base^(−2c/D).
+
+    (Eqs. 14 to 16, whose c starts at 1.) Angles, cos and sin are computed in at least float32.
+    Keys are cached as rotated. D is read off the input, so a linear attention can rotate its
+    features φ(q), φ(k) in the numerator alone (Eq. 19):
+
+        o_i = Σ_j (R_i φ(q_i))·(R_j φ(k_j)) v_j / Σ_j φ(q_i)·φ(k_j)
+
+    In cross-attention it means something only where both sequences share one position axis.
+
+    Args:
+        layout: of the planes: channels (2c, 2c + 1), `interleaved` (the paper, GPT-J), or
+            (c, c + D/2), `half-split` (GPT-NeoX, Llama); `relayout` converts weights.
+        channels: only the first so many are rotated, by default all; 0 rotates nothing.
+        scaling: positions are divided by it (linear interpolation, Chen et al., 2023).
+        axial: the first half of the planes turns with the row, the second with the column, each
+            with the frequencies of width D/2; pos then ends in (row, column).
+        columns: width of the grid, so that the axial form takes flat row-major positions.
+
+    Raises:
+        LongspanError: an unknown layout, channels that do not pair up or exceed the width, flat
+            positions for the axial form.
+    """
+
+    acts = frozenset({"rotate"})
+
+    def __init__(
+        self,
+        *,
+        layout: Planes = "interleaved",
+        base: float = 10000.0,
+        channels: int | None = None,
+        scaling: float = 1.0,
+        axial: bool = False,
+        columns: int | None = None,
+    ) -> None:
+        super().__init__()
+        _known(layout)
+        if columns is not None and not axial:
+            raise LongspanError("columns lay out a grid: build rope with axial=True.")
+        self.layout, self.base, self.channels, self.scaling = layout, base, channels, scaling
+        self.axial, self.columns = axial, columns
+
+    def rotate(
+        self,
+        x: Float[Tensor, "B H L D"],
+        pos: Int[Tensor, "L"] | Int[Tensor, "#B L"] | Int[Tensor, "L 2"] | Int[Tensor, "#B L 2"],
+    ) -> Float[Tensor, "B H L D"]:
+        channels = _rotated(x.shape[-1], self.channels, 4 if self.axial else 2)
+        angles = self._angles(pos, channels, x)
+        cos, sin = angles.cos(), angles.sin()
+        turned = x[..., :channels].to(angles.dtype)
+        if self.layout == "interleaved":
+            a, b = turned[..., ::2], turned[..., 1::2]
+            turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+        else:
+            a, b = turned.chunk(2, dim=-1)
+            turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+        return torch.cat([turned.to(x.dtype), x[..., channels:]], dim=-1)
+
+    def _angles(self, pos: Tensor, channels: int, x: Tensor) -> Tensor:
+        """The angle of each plane: (L | B 1 L) channels/2."""
+        axes = pos[..., None]
+        if self.axial:
+            axes = pos if self.columns is None else raster(pos, self.columns)
+            if axes.shape[-2:] != (x.shape[2], 2):
+                raise LongspanError(
+                    f"the axial rope got positions of shape {tuple(pos.shape)} for {x.shape[2]} "
+                    "tokens: expected L 2 or B L 2, or flat positions with columns= given."
+                )
+        theta = frequencies(
+            channels // axes.shape[-1], base=self.base, dtype=at_least_float32(x), device=x.device
+        )
+        angles = (axes[..., None] / self.scaling * theta).flatten(-2)
+        return angles if angles.dim() == 2 else angles[:, None]
+
+
+def relayout(
+    weight: Float[Tensor, "HD *E"], *, heads: int, to: Planes, channels: int | None = None
+) -> Float[Tensor, "HD *E"]:
+    """The q or k projection (weight or bias) of a model of the other layout, for layout `to`.
+
+    Queries and keys then have their rotated channels permuted alike, and scores are unchanged.
+
+    Args:
+        heads: of this projection (for grouped keys, the key heads).
+        channels: how many of each head are rotated, by default all.
+
+    Raises:
+        LongspanError: an unknown layout, heads that do not divide the rows.
+    """
+    _known(to)
+    if weight.shape[0] % heads:
+        raise LongspanError(f"{weight.shape[0]} rows do not divide into {heads} heads.")
+    width = weight.shape[0] // heads
+    rotated = torch.arange(_rotated(width, channels, 2))
+    order = rotated.view(-1, 2).T if to == "half-split" else rotated.view(2, -1).T
+    order = torch.cat([order.flatten(), torch.arange(len(rotated), width)])
+    return weight.unflatten(0, (heads, width))[:, order.to(weight.device)].flatten(0, 1)
+
+
+def _known(layout: str) -> None:
+    if layout not in ("interleaved", "half-split"):
+        raise LongspanError(f"no layout '{layout}'; expected interleaved or half-split.")
+
+
+def _rotated(width: int, channels: int | None, multiple: int) -> int:
+    channels = width if channels is None else channels
+    if channels % multiple or not 0 <= channels <= width:
+        raise LongspanError(
+            f"rope cannot rotate {channels} of {width} channels: expected a multiple of "
+            f"{multiple} up to the width; set channels=."
+        )
+    return channels

@@ -1,0 +1,108 @@
+"""LSH attention without the paper's view of the future."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from longspan.card import Card
+from longspan.engines import bucket
+from longspan.errors import LongspanError
+from longspan.nn import Attention
+from longspan.registry import mechanism
+from longspan.shapes import Keep, Keys, Outputs, Queries, Values
+
+# As in the paper: self-attention only where nothing else is left.
+OWN = -1e5
+
+
+@mechanism(
+    Card(
+        id="reformer-lsh-causal",
+        name="Strictly causal LSH attention",
+        kind="attention",
+        family="sparse-content",
+        paper="Reformer: The Efficient Transformer",
+        cite="Kitaev et al., ICLR 2020; strict form: longspan",
+        link="https://arxiv.org/abs/2001.04451",
+        what="LSH attention in which each query sees the previous entries of its own bucket, so "
+        "that no later token changes whom it meets.",
+        modes={"causal", "step"},
+        time="L*C*D + L*C*V",
+        memory="S*D + S*V",
+        tiny={"window": 8, "buckets": 4, "rounds": 2},
+    )
+)
+class ReformerLSHCausal(Attention):
+    """Each query sees itself and the previous `window` tokens of its bucket, in every round.
+
+    Hash, shared unit keys, self score −1e5 and the joining of rounds are those of reformer-lsh.
+    Whom a query meets depends on earlier tokens alone, so whole, chunked and step by step agree.
+    A pair that meets in several rounds counts as often, unless `unique`. The state is every key,
+    value and bucket.
+
+    Args:
+        window: entries of its bucket that a query looks back on.
+        buckets: even, or even factors; 2·length / window is a good number.
+        rounds: hashes; may be changed on the built module.
+        seed: of the directions, drawn per head and round.
+
+    Raises:
+        LongspanError: a causal=False, sizes below 1, odd buckets, keys that are not the queries.
+    """
+
+    shared = True
+
+    def __init__(
+        self,
+        *,
+        causal: bool = True,
+        window: int = 64,
+        buckets: int | Sequence[int] = 64,
+        rounds: int = 4,
+        unique: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(causal=causal)
+        if not causal:
+            raise LongspanError("reformer-lsh-causal is causal only: build reformer-lsh instead.")
+        if window < 1 or rounds < 1:
+            raise LongspanError(
+                f"reformer-lsh-causal got window={window}, rounds={rounds}: expected 1 or more."
+            )
+        self.factors = bucket.factor(buckets)
+        self.window, self.rounds, self.unique, self.seed = window, rounds, unique, seed
+        # Buckets start at multiples of a block: short ones waste less, long ones compute better.
+        self.block = min(64, max(4, 1 << (window.bit_length() - 1)))
+
+    def forward(
+        self,
+        q: Queries,
+        k: Keys,
+        v: Values,
+        state: bucket.Hashed | None = None,
+        *,
+        keep: Keep | None = None,
+    ) -> tuple[Outputs, bucket.Hashed]:
+        bucket.check_shared("reformer-lsh-causal", q, k)
+        generator = torch.Generator().manual_seed(self.seed)
+        directions = bucket.rotations(
+            q.shape[1], self.rounds, q.shape[3], self.factors, generator=generator
+        )
+        table = bucket.grow(state, q, v, keep, directions, self.factors)
+        if state is not None and q.shape[2] == 1:
+            o = bucket.step(q, table, own=OWN, before=self.window, unique=self.unique)
+            return o, table
+        count = math.prod(self.factors) + 1  # and one for padding
+        layout = bucket.Sorted(
+            bucket.aligned_order(table.buckets, count, self.block),
+            table.buckets,
+            before=self.window,
+            sliding=True,
+            causal=True,
+            same=True,
+            own=OWN,
+            unique=self.unique,
+            keep=table.keep,
+        )
+        return bucket.attend(q, table, layout), table
