@@ -93,7 +93,11 @@ def find(
     >>> [card.id for card in find(family="state-space")]
     ['s4']
     """
-    for name, value, known in (("family", family, Family), ("mode", mode, Mode), ("kind", kind, Kind)):
+    for name, value, known in (
+        ("family", family, Family),
+        ("mode", mode, Mode),
+        ("kind", kind, Kind),
+    ):
         if value is not None and value not in get_args(known):
             raise LongspanError(
                 f"no {name} '{value}'{nearest(value, get_args(known))} "
@@ -139,7 +143,9 @@ def build(id: str, **arguments: Any) -> Any:
             )
     missing = [n for n, p in known.items() if p.default is p.empty and n not in arguments]
     if missing:
-        raise LongspanError(f"'{id}' needs {', '.join(missing)}: give {'it' if len(missing) == 1 else 'them'} to build.")
+        raise LongspanError(
+            f"'{id}' needs {', '.join(missing)}: give what is missing."
+        )
     if arguments.get("causal") and "causal" not in card.modes:
         raise LongspanError(
             f"'{id}' has no causal form (modes: {', '.join(sorted(card.modes))}); "

@@ -49,7 +49,9 @@ def hash_angles(
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     directions = directions.to(x.device, x.dtype)
     found = x.new_empty(*x.shape[:2], directions.shape[1], x.shape[2], dtype=torch.long)
-    step = max(1, WORKSPACE // (x.shape[0] * x.shape[1] * directions[0].numel() // x.shape[3] * 4))
+    step = max(
+        1, WORKSPACE // max(1, x.shape[0] * directions[..., 0, :].numel() * x.element_size())
+    )
     for start in range(0, x.shape[2], step):
         piece = x[:, :, None, start : start + step] @ directions
         base, at, code = 1, 0, torch.zeros_like(piece[..., 0], dtype=torch.long)
@@ -80,18 +82,37 @@ def factor(buckets: int | Sequence[int]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Order:
-    """Where each token stands in each round's list of `size` slots, a multiple of `block`."""
+    """Where tokens stand in a list of `size` slots, that of all rounds, cut in blocks.
+
+    Args:
+        slot: B H R L, a slot for each token and round.
+        ring: B H, the filled slots when the list closes to a ring: what lies before its first
+            block is its last. None: nothing lies beyond the ends.
+    """
 
     slot: Int[Tensor, "B H R L"]
     size: int
     block: int
+    ring: Int[Tensor, "B H"] | None = None
 
 
 @torch.no_grad()
-def packed_order(buckets: Buckets, block: int) -> Order:
-    """Sorted by (bucket, position), without gaps: later tokens move the borders of blocks."""
-    ranks = buckets.argsort(dim=-1, stable=True).argsort(dim=-1)
-    return Order(ranks, -(-buckets.shape[-1] // block) * block, block)
+def packed_order(buckets: Buckets, keep: Keep, block: int) -> Order:
+    """Sorted by (bucket, position) without gaps, round after round, as a ring.
+
+    Kept tokens must have the lower buckets; they fill whole blocks, so that masked ones, which
+    stand behind all rounds, move nothing. Later tokens move the borders of blocks.
+    """
+    rounds, length = buckets.shape[2:]
+    rank = buckets.argsort(dim=-1, stable=True).argsort(dim=-1)
+    kept = keep.sum(1).view(-1, 1, 1, 1)
+    filled = (-(-kept // block)).clamp(min=1) * block  # slots of one round
+    turn = torch.arange(rounds, device=rank.device)[:, None]
+    behind = rounds * filled + turn * (length - kept) + rank - kept
+    slot = torch.where(rank < kept, turn * filled + rank, behind)
+    size = int(slot.max()) // block * block + block if slot.numel() else block
+    ring = (rounds * filled)[..., 0, 0].expand(-1, rank.shape[1])
+    return Order(slot, size, block, ring)
 
 
 @torch.no_grad()
@@ -110,7 +131,9 @@ def aligned_order(buckets: Buckets, count: int, block: int) -> Order:
     start, padded = sizes.cumsum(-1) - sizes, roomy.cumsum(-1) - roomy
     slots = padded.gather(-1, ids) + torch.arange(length, device=ids.device) - start.gather(-1, ids)
     slot = torch.empty_like(slots).scatter_(-1, order, slots)
-    return Order(slot, -(-length // block) * block + count * block, block)
+    size = -(-length // block) * block + count * block
+    turn = torch.arange(buckets.shape[2], device=buckets.device)[:, None]
+    return Order(slot + turn * size, size * buckets.shape[2], block)
 
 
 class Sorted(Layout):
@@ -119,11 +142,9 @@ class Sorted(Layout):
     Args:
         order: where tokens stand. buckets: B H R L, for `same`.
         before, after: reach in slots: of whole blocks, or with `sliding` of the token itself.
-        joined: the rounds' lists are one ring: the first block of a round looks at the last of
-            the round before (the paper's form); else nothing lies beyond a list's ends.
         causal: only keys at earlier or equal positions.
         same: only keys of the same bucket.
-        own: addend where a token meets itself; None leaves it be.
+        apart: a token does not meet itself.
         unique: subtract the log of the number of rounds in which a pair meets.
         keep: keys that may be seen.
     """
@@ -136,22 +157,21 @@ class Sorted(Layout):
         before: int,
         after: int = 0,
         sliding: bool = False,
-        joined: bool = False,
         causal: bool = False,
         same: bool = False,
-        own: float | None = None,
+        apart: bool = False,
         unique: bool = False,
         keep: Keep | None = None,
     ) -> None:
         self.order, self.buckets, self.keep = order, buckets, keep
-        self.before, self.after, self.sliding, self.joined = before, after, sliding, joined
-        self.causal, self.same, self.own, self.unique = causal, same, own, unique
+        self.before, self.after, self.sliding = before, after, sliding
+        self.causal, self.same, self.apart, self.unique = causal, same, apart, unique
         block = order.block
         self.reach = tuple(-(-r // block) * block for r in (before, after))
 
     def _parts(self, q: Tensor) -> Iterator["_Part"]:
-        rows, rounds = q.shape[0] * q.shape[1], self.order.slot.shape[2]
-        each = rounds * self.order.size * q.shape[3] * q.element_size()
+        rows = q.shape[0] * q.shape[1]
+        each = self.order.size * q.shape[3] * q.element_size()
         together = max(1, 2 * WORKSPACE // max(each, 1))
         for start in range(0, rows, together):
             yield _Part(self, slice(start, min(start + together, rows)), q.shape[1])
@@ -209,33 +229,32 @@ class _Part:
         self.layout, self.rows = layout, rows
         order = layout.order
         slot = order.slot.flatten(0, 1)[rows]  # X R L
-        self.count, rounds, self.length = slot.shape
-        self.total = rounds * order.size
-        offsets = torch.arange(rounds, device=slot.device)[:, None] * order.size
-        self.slots = (slot + offsets).flatten(1)  # X (R L), into the joined lists
+        (self.count, rounds, self.length), self.total = slot.shape, order.size
+        self.row_slots, self.slots = slot, slot.flatten(1)
+        device = slot.device
         # Empty slots hold the token number L, which stands for none.
-        tokens = slot.new_full((self.count, self.total), self.length)
-        where = torch.arange(self.length, device=slot.device).expand(self.count, rounds, -1)
-        tokens.scatter_(1, self.slots, where.flatten(1))
-        self.tokens, self.keys = tokens, self._around(tokens, self.length)
-        self.row_slots = slot
+        where = torch.arange(self.length, device=device).expand(self.count, rounds, -1)
+        self.tokens = self._placed(where, self.length)
+        turn = torch.arange(rounds, device=device)[:, None].expand(self.count, -1, self.length)
+        self.rounds = self._placed(turn, 0)
+        before, after = layout.reach
+        near = torch.arange(-before, self.total + after, device=device).expand(self.count, -1)
+        if order.ring is None:
+            self.outside = (near < 0) | (near >= self.total)
+        else:
+            ring = order.ring.flatten(0, 1)[rows][:, None]
+            near = torch.where(near < ring + after, near % ring, near)
+            self.outside = near >= self.total
+        self.near = near.clamp(0, self.total - 1)  # the slot that each place of the key list shows
+        self.keys = self.tokens.gather(1, self.near).masked_fill(self.outside, self.length)
         self.row_buckets = layout.buckets.flatten(0, 1)[rows]
-        batch = torch.arange(rows.start, rows.stop, device=slot.device) // heads
+        batch = torch.arange(rows.start, rows.stop, device=device) // heads
         self.keep = None if layout.keep is None else layout.keep[batch]
 
-    def _around(self, t: Tensor, empty: int) -> Tensor:
-        """A list of slots with what lies before and after it."""
-        before, after = self.layout.reach
-        if self.layout.joined:
-            # A ring: repeats cover a reach longer than the list itself.
-            turns = -(-max(before, after) // t.shape[1]) if t.shape[1] else 0
-            ring = t.repeat(1, max(turns, 1))
-            return torch.cat([ring[:, ring.shape[1] - before :], t, ring[:, :after]], 1)
-        front, back = (
-            t.new_full((t.shape[0], before), empty),
-            t.new_full((t.shape[0], after), empty),
-        )
-        return torch.cat([front, t, back], 1)
+    def _placed(self, t: Tensor, empty: int) -> Tensor:
+        """X R L → X slots."""
+        slots = t.new_full((self.count, self.total), empty)
+        return slots.scatter_(1, self.slots, t.flatten(1))
 
     def _rows(self, t: Tensor, index: Tensor) -> Tensor:
         """Rows of t (X, T, D) by index (X, n); index_select is ten times faster than gather."""
@@ -258,23 +277,21 @@ class _Part:
         return rearrange(self._rows(t, self.slots), "X (R L) D -> X R L D", R=rounds)
 
     def fold(self, t: Tensor) -> Tensor:
-        """Gradients of `sort_keys`' list, those of its surroundings returned to their slots."""
+        """Gradients of `sort_keys`' list returned to the slots that it shows."""
         before, _ = self.layout.reach
         inside = t[:, before : before + self.total]
-        if self.layout.joined:
-            inside = inside.clone()
-            for start, outside in ((-before, t[:, :before]), (0, t[:, before + self.total :])):
-                at = torch.arange(start, start + outside.shape[1], device=t.device) % self.total
-                inside.index_add_(1, at, outside)
-        return inside
+        if self.layout.order.ring is None:
+            return inside
+        base = torch.arange(self.count, device=t.device)[:, None] * self.total
+        t = t.masked_fill(self.outside[..., None], 0).flatten(0, 1)
+        folded = torch.zeros_like(inside).flatten(0, 1)
+        return folded.index_add_(0, (self.near + base).flatten(), t).view_as(inside)
 
     def blocks(self, dtype: torch.dtype) -> Blocks:
         layout, order = self.layout, self.layout.order
         size, (before, after) = order.block, layout.reach
         span = before + size + after
-        rounds = torch.arange(self.total, device=self.tokens.device) // order.size
-        rounds = rounds.expand(self.count, -1)
-        key_rounds = self._around(rounds, 0)
+        key_rounds = self.rounds.gather(1, self.near)
 
         def mask(first: int, last: int) -> Tensor:
             i = self.tokens[:, first * size : last * size].unflatten(1, (-1, size))[..., None]
@@ -287,17 +304,19 @@ class _Part:
                 steps = torch.arange(size, device=i.device)[:, None] + before
                 steps = steps - torch.arange(span, device=i.device)
                 seen &= (steps <= layout.before) & (steps >= -layout.after)
+            if layout.apart:
+                seen &= i != j
             i, j = i.clamp(max=self.length - 1), j.clamp(max=self.length - 1)
             if self.keep is not None:
                 seen &= _at(self.keep[:, None], j)
             if layout.same:
-                round_i = rounds[:, first * size : last * size].unflatten(1, (-1, size))[..., None]
+                round_i = self.rounds[:, first * size : last * size].unflatten(1, (-1, size))[
+                    ..., None
+                ]
                 round_j = key_rounds[:, cut].unfold(1, span, size)[:, :, None]
                 own = _at(self.row_buckets, i, round_i)
                 seen &= (own == _at(self.row_buckets, j, round_j)) & (round_i == round_j)
             added = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-            if layout.own is not None:
-                added.masked_fill_(i == j, layout.own)
             if layout.unique:
                 added -= self._meetings(i, j).clamp(min=1).to(dtype).log()
             return added.masked_fill_(~seen, -math.inf)
@@ -321,6 +340,36 @@ class _Part:
             total = total + met
         assert isinstance(total, Tensor)
         return total
+
+
+class Itself(Layout):
+    """Every query meets its own key, with `addend` on the score."""
+
+    def __init__(self, addend: float, keep: Keep) -> None:
+        self.addend, self.keep = addend, keep
+
+    def _scores(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        scores = (q.to(wide) * k.to(wide)).sum(-1) * scale + self.addend
+        return scores.masked_fill(~self.keep[:, None], -math.inf)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        return v, self._scores(q, k, scale)
+
+    def backward(
+        self,
+        do: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        o: Tensor,
+        lse: Tensor,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        weights = (self._scores(q, k, scale) - lse).exp()[..., None]
+        rise = (do * (v - o)).sum(-1, keepdim=True)
+        dscores = (weights * rise * scale).to(q.dtype)
+        return dscores * k, dscores * q, (weights * do).to(v.dtype)
 
 
 def _at(values: Tensor, token: Tensor, round: Tensor | None = None) -> Tensor:
@@ -364,11 +413,18 @@ def grow(
     return Hashed(*(torch.cat(pair, axis) for *pair, axis in zip(table, new, axes, strict=True)))
 
 
-def attend(q: Float[Tensor, "B H L D"], table: Hashed, layout: Sorted) -> Float[Tensor, "B H L V"]:
-    """The last L tokens of the table attend under `layout`; their scores are not scaled."""
+def attend(
+    q: Float[Tensor, "B H L D"], table: Hashed, layout: Sorted, *, own: float
+) -> Float[Tensor, "B H L V"]:
+    """The last L tokens of the table attend under `layout`, and to themselves at `own` more.
+
+    Scores are not scaled. The token itself is a part of its own: an addend as large as −1e5 among
+    the others' scores would cost their low bits.
+    """
     length, keys = q.shape[2], table.k.shape[2]
     q = q.masked_fill(~table.keep[:, None, keys - length :, None], 0)
-    o, _ = dense.union(F.pad(q, (0, 0, keys - length, 0)), [(layout, table.k, table.v)], scale=1.0)
+    parts = [(part, table.k, table.v) for part in (layout, Itself(own, table.keep))]
+    o, _ = dense.union(F.pad(q, (0, 0, keys - length, 0)), parts, scale=1.0)
     return o[:, :, keys - length :]
 
 

@@ -10,6 +10,7 @@ Letters: B batch, E features (each its own system), L tokens, M conjugate pairs,
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -44,7 +45,7 @@ def convolve(u: Signal, kernel: Kernel, *, origin: int = 0) -> Signal:
     `origin` is the index of lag 0: 0 makes it causal, K = 2L − 1 with L − 1 reaches both ways.
     Spectra are made anew in the backward pass, so memory is O(E L).
     """
-    return _Convolve.apply(u, kernel, origin)  # pyright: ignore[reportReturnType]
+    return _by_spectra(u, kernel, origin)
 
 
 def _fast_length(least: int) -> int:
@@ -89,6 +90,9 @@ class _Convolve(torch.autograd.Function):
             yield slice(start, min(start + group, features)), n
 
 
+_by_spectra: Any = torch.compiler.disable(_Convolve.apply)
+
+
 def discretise(
     eigenvalues: Pairs, b: Pairs, step: Float[Tensor, "E"], method: Literal["zoh", "bilinear"]
 ) -> tuple[Pairs, Pairs]:
@@ -119,13 +123,22 @@ def _powers(a: Tensor, count: int) -> Tensor:
     return rows if rows.shape[1] == count else rows[:, :count]
 
 
+def _power(a: Tensor, count: int) -> Tensor:
+    result = torch.ones_like(a)
+    while count:
+        if count % 2:
+            result = result * a
+        a, count = a * a, count // 2
+    return result
+
+
 def _product(coarse: Tensor, fine: Tensor, dtype: torch.dtype) -> Tensor:
     """E X M and E Y M → real pairs E (X Y) 2M."""
     table = coarse.to(dtype.to_complex())[:, :, None] * fine.to(dtype.to_complex())[:, None]
     return torch.view_as_real(table.flatten(1, 2)).flatten(2)
 
 
-def _row(c: Tensor) -> Tensor:
+def readout(c: Complex[Tensor, "*E M"]) -> Float[Tensor, "*E X"]:
     """The real row that takes a state's 2M real numbers to 2 Re(c x)."""
     return 2 * torch.view_as_real(c.conj().resolve_conj()).flatten(-2)
 
@@ -136,12 +149,11 @@ def diagonal_kernel(a: Pairs, v: Pairs, length: int, dtype: torch.dtype) -> Floa
     With l = i·m + j it is one real product of two tables of √length powers each.
     """
     coarse, fine = _ladder(a.to(_exact(a.device)), length)
-    left, right = _row(v[:, None] * coarse), torch.view_as_real(fine).flatten(2)
+    left, right = readout(v[:, None] * coarse), torch.view_as_real(fine).flatten(2)
     taps = (left.to(dtype) @ right.to(dtype).mT).flatten(1)
     return taps if taps.shape[1] == length else taps[:, :length]
 
 
-@torch.compiler.disable  # loops over chunks: eager under compile
 def diagonal(
     u: Signal,
     a: Pairs,
@@ -174,11 +186,8 @@ def diagonal(
         if write.shape[1] > chunk:
             write, read = write[:, -chunk:], read[:, :chunk]
         rest = u.shape[2] % chunk
-        hops = [(a**length).to(wide.to_complex()) for length in (chunk, rest)]
-        y, last = _Diagonal.apply(
-            u, kernel, write, read, *(torch.view_as_real(hop) for hop in hops), state.to(wide)
-        )  # pyright: ignore[reportGeneralTypeIssues]
-    return y, last
+        hops = [torch.view_as_real(_power(a, n).to(wide.to_complex())) for n in (chunk, rest)]
+        return _chunked(u, kernel, write, read, *hops, state.to(wide))
 
 
 class _Piece(NamedTuple):
@@ -290,6 +299,9 @@ class _Diagonal(torch.autograd.Function):
         return pieces, [slice(at, min(at + group, features)) for at in range(0, features, group)]
 
 
+_chunked: Any = torch.compiler.disable(_Diagonal.apply)  # loops over chunks: eager under compile
+
+
 def _complex(pairs: Tensor) -> Tensor:
     return torch.view_as_complex(pairs.unflatten(-1, (-1, 2)))
 
@@ -312,7 +324,7 @@ def _carry(
     slots = pairs.unbind(1)
     if backwards:
         slots = slots[::-1]
-    for before, after in zip(slots, slots[1:], strict=False):
+    for before, after in pairwise(slots):
         after.addcmul_(turn, before)
     return states
 
@@ -394,20 +406,25 @@ def normal_plus_low_rank(
     )
 
 
-def spectrum(init: Literal["lin", "inv", "legs", "real"], size: int) -> Complex[Tensor, "M"]:
-    """Eigenvalues for a diagonal system of `size` states, one of each conjugate pair.
+def spectrum(
+    init: Literal["lin", "inv", "legs", "real"], size: int
+) -> tuple[Complex[Tensor, "M"], Complex[Tensor, "M"]]:
+    """Λ and b of a diagonal system of `size` states, one of each conjugate pair.
 
-    lin: −1/2 + iπn; inv: −1/2 + i (N/π)(N/(2n+1) − 1); legs: those of HiPPO-LegS without its
-    low-rank part; real: −(n+1). Double.
+    lin: −1/2 + iπn; inv: −1/2 + i (N/π)(N/(2n+1) − 1); real: −(n+1), all with b = 1; legs: those
+    of HiPPO-LegS without its low-rank part. Double.
     """
+    if init == "legs":
+        eigenvalues, _, b, _ = normal_plus_low_rank("legs", size)
+        return eigenvalues, b
     n = torch.arange(size // 2, dtype=torch.float64)
     if init == "lin":
-        return -0.5 + 1j * math.pi * n
-    if init == "inv":
-        return -0.5 + 1j * (size / math.pi) * (size / (2 * n + 1) - 1)
-    if init == "legs":
-        return normal_plus_low_rank("legs", size)[0]
-    return -(n + 1) + 0j
+        eigenvalues = -0.5 + 1j * math.pi * n
+    elif init == "inv":
+        eigenvalues = -0.5 + 1j * (size / math.pi) * (size / (2 * n + 1) - 1)
+    else:
+        eigenvalues = -(n + 1) + 0j
+    return eigenvalues, torch.ones_like(eigenvalues)
 
 
 class LowRank(NamedTuple):
@@ -455,7 +472,7 @@ def truncated(
     c: Complex[Tensor, "E M"], transition: Float[Tensor, "E X X"], length: int
 ) -> Complex[Tensor, "E M"]:
     """C̃ = C (I − A^length), whose generating function at the roots of unity is that of L taps."""
-    row = _row(c)[:, None]
+    row = readout(c)[:, None].to(transition.dtype)
     return _column(row - row @ torch.linalg.matrix_power(transition, length))
 
 
@@ -465,19 +482,19 @@ def untruncated(
     """C = C̃ (I − A^length)⁻¹."""
     unit = torch.eye(transition.shape[-1], dtype=transition.dtype, device=transition.device)
     faded = unit - torch.linalg.matrix_power(transition, length)
-    return _column(torch.linalg.solve(faded, _row(c)[:, None], left=False))
+    return _column(torch.linalg.solve(faded, readout(c)[:, None].to(unit.dtype), left=False))
 
 
 def doubled(
     c: Complex[Tensor, "E M"], transition: Float[Tensor, "E X X"], length: int
 ) -> Complex[Tensor, "E M"]:
     """C̃ for 2·length from C̃ for length: C̃ (I + A^length)."""
-    row = _row(c)[:, None]
+    row = readout(c)[:, None].to(transition.dtype)
     return _column(row + row @ torch.linalg.matrix_power(transition, length))
 
 
 def _column(row: Tensor) -> Tensor:
-    """The complex row that `_row` wrote as E 1 2M."""
+    """The complex row that `readout` wrote as E 1 2M."""
     return _complex(row[:, 0].contiguous()).conj() / 2
 
 
@@ -605,7 +622,9 @@ def dense_response(
 ) -> Float[Tensor, "B E L"]:
     """C A^{l+1} x for l < length: what a carried state adds to the outputs."""
     chunk = min(chunk, max(1, length))
-    read = krylov(transition.mT, (c[:, None] @ transition)[:, 0], chunk).to(state.dtype)
+    read = krylov(transition.mT, (c[:, None].to(transition.dtype) @ transition)[:, 0], chunk).to(
+        state.dtype
+    )
     hop = torch.linalg.matrix_power(transition, chunk).to(state.dtype)
     states = [state]
     for _ in range(chunk, length, chunk):

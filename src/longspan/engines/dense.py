@@ -91,7 +91,8 @@ def _sums(q: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _even(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Zeros beside the narrower of k and v: the CPU kernel wants equal widths."""
+    """What the CPU kernel takes for granted: unit last strides, and equal widths (zeros beside)."""
+    q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     width = v.shape[3]
     if (short := q.shape[3] - width) > 0:
         v = F.pad(v, (0, short))
@@ -266,13 +267,14 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Joins (o, logsumexp) pairs over disjoint key sets into those of all keys."""
     if len(parts) == 1:
         return parts[0]
-    lse = torch.stack([z for _, z in parts]).logsumexp(0)
-    safe = lse.masked_fill(lse == -math.inf, 0)
-    o, z = parts[0]
-    total = o * (z - safe).exp()[..., None]
-    for o, z in parts[1:]:
-        total = total.addcmul(o.to(total.dtype), (z - safe).exp()[..., None])
-    return total, lse
+    top = torch.stack([z for _, z in parts]).amax(0)
+    top = top.masked_fill(top == -math.inf, 0)
+    shares = [(z - top).exp() for _, z in parts]
+    whole = torch.stack(shares).sum(0)
+    dead = whole == 0
+    total = sum(o * share[..., None] for (o, _), share in zip(parts, shares, strict=True))
+    o = total / whole.masked_fill(dead, 1)[..., None]
+    return o, (whole.masked_fill(dead, 1).log() + top).masked_fill(dead, -math.inf)
 
 
 def explicit(

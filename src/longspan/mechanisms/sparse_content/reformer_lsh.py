@@ -109,18 +109,17 @@ class ReformerLSH(Attention):
             o = bucket.step(q, table, own=OWN, recent=self.chunk, unique=self.unique)
             return o, table
         layout = bucket.Sorted(
-            bucket.packed_order(table.buckets, self.chunk),
+            bucket.packed_order(table.buckets, table.keep, self.chunk),
             table.buckets,
             before=self.before * self.chunk,
             after=self.after * self.chunk,
-            joined=True,
             causal=self.causal,
             same=self.same,
-            own=OWN,
+            apart=True,
             unique=self.unique,
             keep=table.keep,
         )
-        return bucket.attend(q, table, layout), table if self.causal else None
+        return bucket.attend(q, table, layout, own=OWN), table if self.causal else None
 
     def directions(self, q: Queries) -> Float[Tensor, "H R D F"]:
         """The hash directions for q's heads and width."""

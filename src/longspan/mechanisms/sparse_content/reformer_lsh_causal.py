@@ -101,8 +101,8 @@ class ReformerLSHCausal(Attention):
             sliding=True,
             causal=True,
             same=True,
-            own=OWN,
+            apart=True,
             unique=self.unique,
             keep=table.keep,
         )
-        return bucket.attend(q, table, layout), table
+        return bucket.attend(q, table, layout, own=OWN), table

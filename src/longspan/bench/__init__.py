@@ -1,0 +1,1 @@
+"""Measuring mechanisms: `compare` (quality, speed, memory of a model) and `speed` (cost alone)."""

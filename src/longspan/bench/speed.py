@@ -1,0 +1,246 @@
+"""The cost of a mechanism alone: seconds, counted FLOPs and memory beside dense attention's."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from longspan.bench.memory import temporaries
+from longspan.bench.settings import BASELINE, MIXING
+from longspan.card import Card
+from longspan.errors import LongspanError
+from longspan.nn import Attention, MultiHead
+from longspan.registry import build, options, show
+
+HEADS, HEAD_WIDTH = 4, 64
+LENGTHS = (1024, 2048, 4096, 8192, 16384)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Median seconds of two runs, and the median of the first over the second, pair by pair."""
+
+    first: float
+    second: float
+    ratio: float
+
+
+def paired(
+    first: Callable[[], object],
+    second: Callable[[], object],
+    *,
+    seconds: float = 1.0,
+    least: int = 3,
+    most: int = 50,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Paired:
+    """Time two runs in alternation, so that a slow spell of the machine meets both.
+
+    One run of each warms up; then pairs follow until `seconds` of wall-clock are spent, at least
+    `least` and at most `most`.
+    """
+    first(), second()
+    pairs: list[tuple[float, float]] = []
+    end = time.perf_counter() + seconds
+    while len(pairs) < least or (len(pairs) < most and time.perf_counter() < end):
+        pair = [0.0, 0.0]
+        # Who goes first alternates too: the second finds the caches the first left.
+        for which in (0, 1) if len(pairs) % 2 == 0 else (1, 0):
+            start = clock()
+            (first, second)[which]()
+            pair[which] = max(clock() - start, 1e-9)
+        pairs.append((pair[0], pair[1]))
+    return Paired(
+        statistics.median(a for a, _ in pairs),
+        statistics.median(b for _, b in pairs),
+        statistics.median(a / b for a, b in pairs),
+    )
+
+
+def exponent(lengths: Sequence[int], seconds: Sequence[float]) -> float | None:
+    """The power of the length that the seconds grow with, by least squares in log-log."""
+    if len(lengths) < 2:
+        return None
+    x, y = [math.log(n) for n in lengths], [math.log(s) for s in seconds]
+    return statistics.linear_regression(x, y).slope
+
+
+def count_flops(run: Callable[[], object]) -> int:
+    """Floating-point operations of `run`: matrix products, convolutions, attention and FFTs.
+
+    A product of an m×k by a k×n matrix counts 2mkn, causal attention half of full, a real FFT of
+    n points 2.5 n log2 n. Elementwise work is not counted.
+    """
+    with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> int:
+    rows, keys = q.shape[2], k.shape[2]
+    full = 2 * q.shape[0] * q.shape[1] * rows * keys * (q.shape[3] + v.shape[3])
+    return full // 2 if causal and rows == keys else full
+
+
+def _flash_forward(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = False, **_: Any
+) -> int:
+    return _flash(q, k, v, causal)
+
+
+def _flash_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, sums: Tensor, dropout: float,
+    causal: bool, **_: Any,
+) -> int:  # fmt: skip
+    # Five products of the same size against the forward's two.
+    return _flash(q, k, v, causal) * 5 // 2
+
+
+def _fft(x: Tensor, dims: Sequence[int], *_: Any, out_val: Tensor, **__: Any) -> int:
+    points = math.prod(max(x.shape[d], out_val.shape[d]) for d in dims)
+    rows = x.numel() // math.prod(x.shape[d] for d in dims)
+    complex_both = x.is_complex() and out_val.is_complex()
+    return int((5.0 if complex_both else 2.5) * rows * points * math.log2(max(points, 2)))
+
+
+for _formula in (_flash_forward, _flash_backward, _fft):
+    _formula._get_raw = True  # FlopCounterMode then hands over the tensors, not their shapes
+_FORMULAS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _flash_forward,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _flash_backward,
+    torch.ops.aten._fft_r2c: _fft,
+    torch.ops.aten._fft_c2r: _fft,
+    torch.ops.aten._fft_c2c: _fft,
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One mechanism at one length; the ratios are to dense attention, below 1 is faster."""
+
+    id: str
+    length: int
+    forward: float
+    training: float
+    forward_ratio: float
+    training_ratio: float
+    flops: int
+    memory: int | None
+    exponent: float | None = None
+
+
+def measure(
+    id: str,
+    *,
+    lengths: Sequence[int] = LENGTHS,
+    seconds: float = 1.0,
+    patience: float = 10.0,
+    clock: Callable[[], float] = time.process_time,
+) -> list[Cost]:
+    """Cost of a bare mechanism, B 1, H 4, D 64, causal where it can be, at rising lengths.
+
+    An attention is measured beside `scaled_dot_product_attention`; a mixer, which has its own
+    projections, beside softmax attention with its projections. Each pair of runs takes about
+    `seconds`. Lengths at which one run would outlast `patience` seconds are left out.
+
+    Raises:
+        LongspanError: the mechanism mixes no sequence, or needs arguments that are not given.
+    """
+    card = show(id)
+    if card.kind not in MIXING:
+        raise LongspanError(
+            f"'{id}' is of kind {card.kind}, which has no cost of its own: "
+            f"bench takes the kinds {', '.join(MIXING)}."
+        )
+    costs: list[Cost] = []
+    for length in sorted(lengths):
+        if costs and costs[-1].training * (length / costs[-1].length) ** 2 > patience:
+            break
+        forward, training, dense_forward, dense_training = _runs(card, length)
+        # First of all, while the allocator has kept nothing of this size.
+        memory = temporaries(training)
+        alone = paired(forward, dense_forward, seconds=seconds, clock=clock)
+        both = paired(training, dense_training, seconds=seconds, clock=clock)
+        costs.append(
+            Cost(
+                id,
+                length,
+                alone.first,
+                both.first,
+                alone.ratio,
+                both.ratio,
+                count_flops(forward),
+                memory,
+            )
+        )
+    slope = exponent([c.length for c in costs], [c.forward for c in costs])
+    return [Cost(**{**asdict(cost), "exponent": slope}) for cost in costs]
+
+
+Run = Callable[[], object]
+
+
+def _runs(card: Card, length: int) -> tuple[Run, Run, Run, Run]:
+    generator = torch.Generator().manual_seed(0)
+    causal = "causal" in card.modes
+    known = options(card.id)
+    own = {
+        name: value
+        for name, value in (
+            ("causal", causal),
+            ("width", HEADS * HEAD_WIDTH),
+            ("heads", HEADS),
+            ("head_width", HEAD_WIDTH),
+            ("length", length),
+        )
+        if name in known and (name == "causal" or known[name].default is known[name].empty)
+    }
+    built = build(card.id, **own).eval()
+    if card.kind == "attention":
+        assert isinstance(built, Attention)
+        q, k, v = torch.randn(3, 1, HEADS, length, HEAD_WIDTH, generator=generator).unbind()
+        more = {name: {"q": q, "k": k, "v": v}[of] for name, of in built.extra.items()}
+        inputs = [q, k, v]
+
+        def attend() -> Tensor:
+            return built(q, q if built.shared else k, v, **more)[0]
+
+        def dense() -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+        return *_both(attend, inputs, built), *_both(dense, inputs)
+    x = torch.randn(1, length, HEADS * HEAD_WIDTH, generator=generator)
+    softmax = build(BASELINE, causal=causal)
+    whole = MultiHead(softmax, width=HEADS * HEAD_WIDTH, heads=HEADS).eval()
+    mixer = (
+        MultiHead(built, width=HEADS * HEAD_WIDTH, heads=HEADS).eval()
+        if isinstance(built, Attention)
+        else built
+    )
+    return *_both(lambda: mixer(x)[0], [x], mixer), *_both(lambda: whole(x)[0], [x], whole)
+
+
+def _both(
+    run: Callable[[], Tensor], inputs: list[Tensor], module: torch.nn.Module | None = None
+) -> tuple[Run, Run]:
+    """The forward alone, and with the gradients of inputs and parameters."""
+    learnt = [] if module is None else [p for p in module.parameters() if p.requires_grad]
+
+    def forward() -> object:
+        with torch.no_grad():
+            return run()
+
+    def training() -> object:
+        for t in inputs:
+            t.requires_grad_(True)
+        o = run()
+        return torch.autograd.grad(o, [*inputs, *learnt], torch.ones_like(o), allow_unused=True)
+
+    return forward, training

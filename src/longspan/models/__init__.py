@@ -1,0 +1,32 @@
+"""Models of the Hugging Face ecosystem, tiled from any list of mechanisms."""
+
+from longspan import hub
+from longspan.models.config import LongspanConfig
+from longspan.models.heads import (
+    LongspanForCausalLM,
+    LongspanForMaskedLM,
+    LongspanForSequenceClassification,
+)
+from longspan.models.seq2seq import LongspanForSeq2SeqLM
+from longspan.models.stack import LongspanModel, mixer
+
+__all__ = [
+    "LongspanConfig",
+    "LongspanForCausalLM",
+    "LongspanForMaskedLM",
+    "LongspanForSeq2SeqLM",
+    "LongspanForSequenceClassification",
+    "LongspanModel",
+    "mixer",
+]
+
+hub.register(
+    LongspanConfig,
+    {
+        "AutoModel": LongspanModel,
+        "AutoModelForCausalLM": LongspanForCausalLM,
+        "AutoModelForMaskedLM": LongspanForMaskedLM,
+        "AutoModelForSeq2SeqLM": LongspanForSeq2SeqLM,
+        "AutoModelForSequenceClassification": LongspanForSequenceClassification,
+    },
+)

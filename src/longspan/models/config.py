@@ -1,0 +1,165 @@
+"""LongspanConfig: everything a model is, as JSON."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from itertools import cycle, islice
+from typing import Any, Literal
+
+from transformers import PreTrainedConfig
+
+from longspan import registry
+from longspan.errors import LongspanError, nearest
+from longspan.nn.blocks import ACTIVATIONS, NORMS
+
+Spec = str | dict[str, Any]
+
+MIXING = ("attention", "mixer", "memory")
+
+
+class LongspanConfig(PreTrainedConfig):
+    """A model as a list of mechanisms tiled over its layers, and what stands around them.
+
+    Args:
+        inner: width of the feed-forwards, by default 4 E.
+        mixers: ids, or dicts of an id and its options, `{"id": "longformer", "window": 256}`.
+        encoder_mixers, encoder_layers: of the encoder of a sequence-to-sequence model, by default
+            those of the decoder.
+        position: a mechanism of kind position, likewise; None for none.
+        length: for the mechanisms and positions that are built for one.
+        causal: None leaves it to the class of the model; a classifier reads it.
+        pooling: of a classifier; by default `last` where causal, else `mean`.
+        allow_leaks: let a language model use a mechanism whose causal form can see the future.
+
+    Raises:
+        LongspanError: an unknown mechanism, option, norm, activation or pooling.
+
+    >>> LongspanConfig(layers=6, mixers=["linear-transformer", {"id": "longformer", "window": 64}])
+    """
+
+    model_type = "longspan"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - as transformers reads it
+    attribute_map = {  # noqa: RUF012
+        "hidden_size": "width",
+        "num_hidden_layers": "layers",
+        "num_attention_heads": "heads",
+        "num_key_value_heads": "kv_heads",
+        "intermediate_size": "inner",
+        "max_position_embeddings": "length",
+    }
+
+    # transformers takes further names than the fields, which jaxtyping's hook would refuse.
+    __no_type_check__ = True
+
+    vocab_size: int = 256
+    width: int = 256
+    layers: int = 4
+    heads: int = 4
+    head_width: int | None = None
+    kv_heads: int | None = None
+    inner: int | None = None
+    mixers: Sequence[Spec] = ("multi-head-attention",)
+    encoder_mixers: Sequence[Spec] | None = None
+    encoder_layers: int | None = None
+    position: Spec | None = "rope"
+    norm: Literal["layer", "rms"] = "layer"
+    norm_order: Literal["pre", "post"] = "pre"
+    activation: Literal["relu", "gelu", "silu"] = "gelu"
+    gated: bool = False
+    dropout: float = 0.0
+    tie_word_embeddings: bool = True
+    length: int = 2048
+    initializer_range: float = 0.02
+    causal: bool | None = None
+    pooling: Literal["mean", "first", "last"] | None = None
+    allow_leaks: bool = False
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+    decoder_start_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.mixers = _specs("mixers", self.mixers, MIXING)
+        if self.encoder_mixers is not None:
+            self.encoder_mixers = _specs("encoder_mixers", self.encoder_mixers, MIXING)
+        if self.position is not None:
+            (self.position,) = _specs("position", [self.position], ("position",))
+        for name, known in (
+            ("norm", NORMS),
+            ("norm_order", ("pre", "post")),
+            ("activation", ACTIVATIONS),
+            ("pooling", ("mean", "first", "last", None)),
+        ):
+            if getattr(self, name) not in known:
+                raise LongspanError(
+                    f"{name} is {getattr(self, name)!r}; expected "
+                    f"{', '.join(str(k) for k in known)}."
+                )
+        super().__post_init__(**kwargs)
+
+    def tiled(self) -> list[Spec]:
+        """The mechanism of each layer: `mixers`, over and over."""
+        return list(islice(cycle(self.mixers), self.layers))
+
+    def alone(self, *, causal: bool) -> "LongspanConfig":
+        """A copy for a model of one stack that is causal or not.
+
+        Raises:
+            LongspanError: this config says otherwise.
+        """
+        if self.causal not in (None, causal):
+            have, want = ("causal", "bidirectional")[:: 1 if self.causal else -1]
+            raise LongspanError(
+                f"this config is of a {have} model (causal={self.causal}) and the model asked for "
+                f"is {want}: give causal={causal}, if its mechanisms have that form."
+            )
+        config = copy.deepcopy(self)
+        config.causal = causal
+        return config
+
+    def side(self, which: Literal["encoder", "decoder"]) -> "LongspanConfig":
+        """The config of one stack of a sequence-to-sequence model."""
+        config = copy.deepcopy(self)
+        config.is_encoder_decoder = False
+        config.causal = which == "decoder"
+        if which == "encoder":
+            config.mixers = self.encoder_mixers or self.mixers
+            config.layers = self.layers if self.encoder_layers is None else self.encoder_layers
+        config.encoder_mixers = config.encoder_layers = None
+        return config
+
+
+def split(spec: Spec) -> tuple[str, dict[str, Any]]:
+    """(id, options) of a mechanism as a config names it."""
+    if isinstance(spec, str):
+        return spec, {}
+    options = dict(spec)
+    return options.pop("id"), options
+
+
+def _specs(field: str, given: Any, kinds: tuple[str, ...]) -> list[Spec]:
+    if isinstance(given, str | Mapping):
+        given = [given]
+    if not given:
+        raise LongspanError(f"{field} is empty; expected at least one mechanism.")
+    for spec in given:
+        if isinstance(spec, Mapping) and not isinstance(spec.get("id"), str):
+            raise LongspanError(
+                f"{field} holds {spec!r}; expected an id, or a dict of an id and its options, "
+                'as in {"id": "longformer", "window": 256}.'
+            )
+        id_, options = (spec, {}) if isinstance(spec, str) else split(dict(spec))
+        card = registry.show(id_)
+        if card.kind not in kinds:
+            raise LongspanError(
+                f"'{id_}' is of kind {card.kind} and cannot stand in {field}, which takes "
+                f"{', '.join(kinds)}."
+            )
+        known = registry.options(id_)
+        for name in options:
+            if name not in known:
+                raise LongspanError(
+                    f"'{id_}' has no argument '{name}'{nearest(name, known)} "
+                    f"It takes: {', '.join(known) or 'none'}."
+                )
+    return [spec if isinstance(spec, str) else dict(spec) for spec in given]

@@ -1,0 +1,358 @@
+"""LongspanModel: an embedding and a stack of blocks, whatever they mix with."""
+
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from longspan import hub, registry
+from longspan.errors import LongspanError
+from longspan.models.config import LongspanConfig, Spec, split
+from longspan.models.packing import packing
+from longspan.nn import FeedForward, Mixer, MultiHead, Position, norm
+from longspan.shapes import Inputs, Keep, Marks, Tokens
+
+Part = TypeVar("Part", bound=nn.Module)
+
+
+def mixer(spec: Spec, *, config: LongspanConfig, causal: bool) -> Mixer:
+    """Build one layer's mechanism for a model of this config.
+
+    An attention is put into `MultiHead`, with the config's position. A mechanism gets, of the
+    config's width, heads, head_width, kv_heads and length, causal and a position that rotates or
+    biases, what its arguments name; the spec's own options come last.
+
+    Raises:
+        LongspanError: a mechanism without the form asked for, or whatever its builder refuses.
+    """
+    id_, options = split(spec)
+    card = registry.show(id_)
+    if causal and "causal" not in card.modes:
+        raise LongspanError(
+            f"'{id_}' has no causal form (modes: {', '.join(sorted(card.modes))}); "
+            'longspan.find(mode="causal") lists those that have.'
+        )
+    if not causal and "bidirectional" not in card.modes:
+        raise LongspanError(
+            f"'{id_}' has no bidirectional form (modes: {', '.join(sorted(card.modes))}); "
+            'longspan.find(mode="bidirectional") lists those that have.'
+        )
+    position = _position(config)
+    if position is not None and position.acts == {"embed"}:
+        position = None
+    offered = {**_sizes(config), "causal": causal, "position": position}
+    built = _build(id_, offered, options)
+    if card.kind != "attention":
+        return built
+    return MultiHead(
+        built,
+        width=config.width,
+        heads=config.heads,
+        head_width=config.head_width,
+        kv_heads=config.kv_heads,
+        position=position,
+    )
+
+
+def refuse_leaks(config: LongspanConfig) -> None:
+    """Refuse mechanisms whose causal form is not strictly so, unless the config allows them."""
+    for card in (registry.show(split(spec)[0]) for spec in config.mixers):
+        if card.causality == "strict" or config.allow_leaks:
+            continue
+        strict = f"{card.id}-causal"
+        use = f"use '{strict}'" if strict in registry.cards() else "use a strictly causal mechanism"
+        how = {
+            "selection": "later tokens change whom earlier ones attend to",
+            "numerical": "later tokens change earlier outputs by rounding",
+        }[card.causality]
+        raise LongspanError(
+            f"'{card.id}' can see the future ({how}), which spoils a language model's figures: "
+            f"{use}, or set allow_leaks=True in the config."
+        )
+
+
+def _sizes(config: LongspanConfig) -> dict[str, Any]:
+    return {
+        "width": config.width,
+        "heads": config.heads,
+        "head_width": config.head_width or config.width // config.heads,
+        "kv_heads": config.kv_heads,
+        "length": config.length,
+    }
+
+
+def _build(id_: str, offered: dict[str, Any], options: dict[str, Any]) -> Any:
+    known = registry.options(id_)
+    fitting = {n: v for n, v in offered.items() if n in known and v is not None}
+    return registry.build(id_, **(fitting | options))
+
+
+def _position(config: LongspanConfig) -> Position | None:
+    if config.position is None:
+        return None
+    id_, options = split(config.position)
+    return _build(id_, _sizes(config), options)
+
+
+def padding(mask: Tensor | None, length: int) -> Keep | None:
+    """The bool mask of the last `length` positions; None where nothing is known to be padded.
+
+    Raises:
+        LongspanError: a mask that is not B × (at least length).
+    """
+    if mask is None:
+        return None
+    if mask.dim() != 2 or mask.shape[1] < length:
+        raise LongspanError(
+            f"attention_mask is {tuple(mask.shape)} for {length} tokens; expected one number per "
+            "row and token, 1 for real tokens and 0 for padding."
+        )
+    keep = mask[:, -length:].bool() if length else mask[:, :0].bool()
+    # Asking would make a GPU wait; on a CPU it is cheap and opens the unmasked, faster ways.
+    return None if keep.device.type == "cpu" and bool(keep.all()) else keep
+
+
+class LongspanModel(hub.Pretrained):
+    """Token embedding, blocks and a final norm; the base of the models with heads.
+
+    `config.causal` decides the form; where None, it is bidirectional.
+
+    Args:
+        cross: give every block a second mixer, which attends to an encoder's output.
+    """
+
+    config: LongspanConfig
+
+    def __init__(self, config: LongspanConfig, *, cross: bool = False) -> None:
+        super().__init__(config)
+        self.causal = bool(config.causal)
+        width, kind = config.width, config.norm
+        self.embed_tokens = nn.Embedding(config.vocab_size, width)
+        position = _position(config)
+        self.position: Position | None = None
+        if position is not None and "embed" in position.acts:
+            self.position = hub.settled(position)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(
+            hub.Layer(
+                self._settled(mixer(spec, config=config, causal=self.causal)),
+                self._feed_forward(),
+                width=width,
+                order=config.norm_order,
+                norms=kind,
+                dropout=config.dropout,
+                cross=self._cross() if cross else None,
+            )
+            for spec in config.tiled()
+        )
+        self.norm = norm(kind, width) if config.norm_order == "pre" else nn.Identity()
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def _feed_forward(self) -> FeedForward:
+        config = self.config
+        built = FeedForward(
+            config.width,
+            inner=config.inner,
+            activation=config.activation,
+            gated=config.gated,
+            dropout=config.dropout,
+        )
+        return self._settled(built.apply(self._init_weights))
+
+    def _cross(self) -> Mixer:
+        config = self.config
+        return self._settled(
+            MultiHead(
+                registry.build("multi-head-attention"),
+                width=config.width,
+                heads=config.heads,
+                head_width=config.head_width,
+                kv_heads=config.kv_heads,
+            )
+        )
+
+    def _settled(self, part: Part) -> Part:
+        """Keeps the part's own weights; scales what goes from it into the residual (GPT-2)."""
+        output = None
+        if isinstance(part, MultiHead | FeedForward):
+            output = part.output if isinstance(part, MultiHead) else part.down
+        if output is not None and self.config.norm_order == "pre":
+            with torch.no_grad():
+                output.weight.div_((2 * self.config.layers) ** 0.5)
+        return hub.settled(part)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        initialise(module, self.config)
+
+    @property
+    def steps(self) -> bool:
+        return self.causal and steps(self.config)
+
+    @hub.can_return_tuple
+    def forward(
+        self,
+        input_ids: Tokens | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Inputs | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        marks: Marks | None = None,
+        documents: Int[Tensor, "..."] | None = None,
+        encoded: Tensor | None = None,
+        encoded_mask: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states B L E, and the carried state.
+
+        Args:
+            attention_mask: B L, or B (past + L); 1 for real tokens, padding on either side.
+            position_ids: B L, for positions that embed; the others count for themselves.
+            past_key_values: a `StateCache`, filled in place.
+            marks: tokens that the mechanism treats apart (Longformer's global tokens).
+            documents: B L; runs of equal numbers are documents, which do not see each other.
+            encoded, encoded_mask: an encoder's output and its padding.
+
+        Raises:
+            LongspanError: inputs that contradict each other or the mechanisms.
+        """
+        if output_attentions:
+            raise LongspanError(
+                "attention weights are not kept: most mechanisms never form them. "
+                "Leave output_attentions out."
+            )
+        if (input_ids is None) == (inputs_embeds is None):
+            raise LongspanError("give either input_ids or inputs_embeds, and not both.")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch, length = x.shape[:2]
+        keep = padding(attention_mask, length)
+        if documents is not None:
+            if past_key_values is not None or use_cache:
+                raise LongspanError(
+                    "packed documents carry no state from call to call: leave out past_key_values "
+                    "and use_cache, or give each document a row of its own."
+                )
+            return self._packed(
+                x, documents, keep, position_ids, marks, encoded, output_hidden_states
+            )
+        use_cache = self._caches(past_key_values, use_cache)
+        cache = hub.cache_of(past_key_values, batch) if use_cache else hub.StateCache()
+        seen = x.new_zeros(batch, dtype=torch.long) if cache.seen is None else cache.seen
+        if position_ids is not None and cache.seen is None:
+            _refuse_restarts(position_ids, keep)
+        if self.position is not None:
+            pos = _places(seen, keep, length) if position_ids is None else position_ids
+            x = self.position.embed(x, pos.expand(batch, length))
+        x = self.dropout(x)
+        encoded_keep = None if encoded is None else padding(encoded_mask, encoded.shape[1])
+        states = cache.states or (None,) * len(self.layers)
+        carried, hidden = [], [x]
+        for layer, state in zip(self.layers, states, strict=True):
+            # The input goes by position: recomputation tracks the gradients of those alone.
+            x, state = layer(
+                x, state, keep=keep, marks=marks, encoded=encoded, encoded_keep=encoded_keep
+            )
+            carried.append(state if use_cache else None)
+            if output_hidden_states:
+                hidden.append(x)
+        x = self.norm(x)
+        if use_cache:
+            new = length if keep is None else keep.sum(1)
+            cache.update_states(tuple(carried), seen + new, length)
+        return BaseModelOutputWithPast(
+            last_hidden_state=x,  # pyright: ignore[reportArgumentType]
+            past_key_values=cache if use_cache else None,
+            hidden_states=(*hidden[:-1], x) if output_hidden_states else None,
+        )
+
+    def _packed(
+        self,
+        x: Tensor,
+        documents: Tensor,
+        keep: Keep | None,
+        position_ids: Tensor | None,
+        marks: Marks | None,
+        encoded: Tensor | None,
+        output_hidden_states: bool | None,
+    ) -> BaseModelOutputWithPast:
+        if encoded is not None:
+            raise LongspanError("packed documents cannot attend to an encoder: give rows instead.")
+        if documents.shape != x.shape[:2]:
+            raise LongspanError(
+                f"documents is {tuple(documents.shape)} for input of {tuple(x.shape[:2])}; "
+                "expected a number per token."
+            )
+        plan = packing(documents, keep)
+        output = self(
+            inputs_embeds=plan.unpack(x),
+            attention_mask=plan.keep,
+            position_ids=None if position_ids is None else plan.unpack(position_ids),
+            use_cache=False,
+            marks=None if marks is None else plan.unpack(marks),
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        hidden = output.hidden_states
+        return BaseModelOutputWithPast(
+            last_hidden_state=plan.repack(output.last_hidden_state),  # pyright: ignore[reportArgumentType]
+            hidden_states=hidden and tuple(plan.repack(h) for h in hidden),
+        )
+
+    def _caches(self, past: Any, wanted: bool | None) -> bool:
+        """Whether to carry a state, given what was asked for."""
+        if wanted is None:
+            wanted = past is not None or (
+                self.steps and self.config.use_cache and not self.training
+            )
+        if (wanted or past is not None) and not self.steps:
+            form = "has no state to carry" if self.causal else "is bidirectional"
+            raise LongspanError(
+                f"this model ({', '.join(dict.fromkeys(_ids(self.config)))}) {form}: "
+                "use_cache=False, and no past_key_values."
+            )
+        if past is not None and not wanted:
+            raise LongspanError(
+                "past_key_values came with use_cache=False: the state would be neither used nor "
+                "kept. Leave one of the two out."
+            )
+        return wanted
+
+
+def steps(config: LongspanConfig) -> bool:
+    """Whether every mechanism of a stack carries a state from which to continue."""
+    return all("step" in registry.show(id_).modes for id_ in _ids(config))
+
+
+def initialise(module: nn.Module, config: LongspanConfig) -> None:
+    """Normal weights and zero biases (Radford et al., 2018)."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=config.initializer_range)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def _ids(config: LongspanConfig) -> list[str]:
+    return [split(spec)[0] for spec in config.mixers]
+
+
+def _places(seen: Tensor, keep: Keep | None, length: int) -> Tensor:
+    """Positions that count kept tokens only, from what each row has seen on."""
+    if keep is None:
+        return seen[:, None] + torch.arange(length, device=seen.device)
+    return (seen[:, None] + keep.long().cumsum(1) - 1).clamp(min=0)
+
+
+def _refuse_restarts(position_ids: Tensor, keep: Keep | None) -> None:
+    """Positions that start again within a row are packing, which needs `documents`."""
+    back = position_ids[:, 1:] < position_ids[:, :-1]
+    if keep is not None:
+        back = back & keep[:, 1:] & keep[:, :-1]
+    if bool(back.any()):
+        raise LongspanError(
+            "position_ids start again within a row, as with packed documents, which would see "
+            "each other: give documents (a number per token) instead."
+        )
