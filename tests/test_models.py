@@ -15,7 +15,7 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from longspan import Card, LongspanError, mechanism
+from longspan import Card, LongspanError, cards, mechanism
 from longspan.hub import StateCache
 from longspan.models import (
     LongspanConfig,
@@ -243,6 +243,31 @@ def test_saved_and_loaded_is_bit_equal(kind, auto, tied, tmp_path):
     assert read.max_position_embeddings == 64
 
 
+IN_MODELS = [
+    card
+    for card in cards().values()
+    if card.kind in ("attention", "mixer", "memory") and not card.id.startswith("x-")
+]
+
+
+@pytest.mark.parametrize("card", IN_MODELS, ids=lambda card: card.id)
+def test_every_mechanism_serves_in_a_model(card, tmp_path):
+    sizes = {"width", "heads", "head_width", "kv_heads", "length", "causal"}
+    spec = {"id": card.id, **{k: v for k, v in card.tiny.items() if k not in sizes}}
+    causal = "causal" in card.modes
+    kind = LongspanForCausalLM if causal else LongspanForMaskedLM
+    model = build(kind, mixers=[spec], heads=3, position=None, allow_leaks=True)
+    model.save_pretrained(tmp_path)
+    x = tokens(2, 24)
+    assert torch.equal(kind.from_pretrained(tmp_path)(x).logits, model(x).logits)
+    if causal:
+        mask = torch.ones_like(x)
+        mask[0, :5] = 0
+        said = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+        cached = model.generate(x, **said)
+        assert torch.equal(cached, model.generate(x, use_cache=False, **said))
+
+
 def test_what_a_checkpoint_lacks_starts_as_built(tmp_path):
     model = build(LongspanForCausalLM, mixers=["linear-transformer"])
     model.save_pretrained(tmp_path)
@@ -421,6 +446,18 @@ def test_seq2seq_generates(beams):
             logits = model(x, mask, decoder_input_ids=y, use_cache=False).logits[:, -1]
             y = torch.cat([y, logits.argmax(-1, keepdim=True)], 1)
         assert torch.equal(out, y)
+
+
+def test_led_takes_global_tokens():
+    sizes = LED | {"encoder_mixers": [{"id": "longformer", "window": 4}]}
+    model, x = build(LongspanForSeq2SeqLM, **sizes), tokens(2, 17)
+    first = torch.zeros_like(x, dtype=torch.bool)
+    first[:, 0] = True
+    y = tokens(2, 5, seed=2)
+    assert not torch.equal(model(x, labels=y, marks=first).logits, model(x, labels=y).logits)
+    said = {"marks": first, "max_new_tokens": 4, "do_sample": False, "num_beams": 2}
+    out = model.generate(x, **said)
+    assert torch.equal(out, model.generate(x, use_cache=False, **said))
 
 
 def test_no_token_sees_a_later_one():

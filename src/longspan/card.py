@@ -126,9 +126,9 @@ def _evaluate(node: ast.expr, letters: Mapping[str, int]) -> float:
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _ARITHMETIC:
             return _ARITHMETIC[type(op)](_evaluate(left, letters), _evaluate(right, letters))
         case ast.Name(id=letter) if letter in letters:
-            return letters[letter]
+            return float(letters[letter])
         case ast.Constant(value=int(value)):
-            return value
+            return float(value)
         case _:
             raise LongspanError(
                 f"a cost holds {ast.unparse(node)!r}; expected sums and products of "

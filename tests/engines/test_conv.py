@@ -1,15 +1,18 @@
 """The convolution engine against recurrences and matrix powers written out, and SciPy."""
 
+from typing import Any
+
 import numpy as np
 import pytest
+import scipy
 import torch
-from scipy import signal
 from torch import Tensor
 from torch.testing import assert_close
 
 from longspan.engines import conv
 
-MEASURES = ("legs", "legt", "lagt")
+signal: Any = scipy.signal  # its stubs know less than it does
+MEASURES: Any = ("legs", "legt", "lagt")
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -36,11 +39,11 @@ def recurrence(
     return torch.stack(outs, -1), torch.view_as_real(x)
 
 
-def system(measure: str, size: int, features: int = 2) -> conv.LowRank:
-    eigenvalues, p, b, _ = conv.normal_plus_low_rank(measure, size)  # pyright: ignore
+def system(measure: Any, size: int, features: int = 2) -> conv.LowRank:
+    eigenvalues, p, b, _ = conv.normal_plus_low_rank(measure, size)
     step = torch.tensor([0.01, 0.07, 0.03], dtype=torch.float64)[:features]
-    copies = (t.expand(features, *t.shape) for t in (eigenvalues, p, b))
-    return conv.LowRank(*copies, step)
+    eigenvalues, p, b = (t.expand(features, *t.shape) for t in (eigenvalues, p, b))
+    return conv.LowRank(eigenvalues, p, b, step)
 
 
 def whole(half: Tensor) -> Tensor:
@@ -132,12 +135,12 @@ def test_convolve_passes_gradcheck() -> None:
 
 
 @pytest.mark.parametrize("method", ["zoh", "bilinear"])
-def test_discretise_is_scipys(method: str) -> None:
+def test_discretise_is_scipys(method: Any) -> None:
     eigenvalues, b = (
         torch.tensor([[-0.5 + 3j]], dtype=torch.complex128),
         torch.tensor([[2 - 1j]]).to(torch.complex128),
     )
-    a, bar = conv.discretise(eigenvalues, b, torch.tensor([0.05]).double(), method)  # pyright: ignore
+    a, bar = conv.discretise(eigenvalues, b, torch.tensor([0.05]).double(), method)
     turn = np.array([[-0.5, -3.0], [3.0, -0.5]])
     real = (turn, np.array([[2.0], [-1.0]]), np.eye(2), np.zeros((2, 1)))
     want = signal.cont2discrete(real, 0.05, method)
@@ -146,13 +149,13 @@ def test_discretise_is_scipys(method: str) -> None:
 
 
 @pytest.mark.parametrize("measure", MEASURES)
-def test_normal_plus_low_rank_reproduces_hippo(measure: str) -> None:
+def test_normal_plus_low_rank_reproduces_hippo(measure: Any) -> None:
     size = 64
-    eigenvalues, p, b, v = conv.normal_plus_low_rank(measure, size)  # pyright: ignore
-    a, input = conv.hippo(measure, size)  # pyright: ignore
+    eigenvalues, p, b, v = conv.normal_plus_low_rank(measure, size)
+    a, input = conv.hippo(measure, size)
     core = torch.diag(whole(eigenvalues)) - whole(p).mT @ whole(p).conj()
     assert p.shape[0] == (2 if measure == "legt" else 1)
-    near = {"rtol": 0.0, "atol": 1e-10}
+    near: Any = {"rtol": 0.0, "atol": 1e-10}
     assert_close(v @ core @ v.mH, a + 0j, **near)
     assert_close(v.mH @ v, torch.eye(size, dtype=v.dtype), **near)
     assert_close(v @ whole(b), input + 0j, **near)
@@ -173,15 +176,15 @@ def test_hippo_entries() -> None:
 
 @pytest.mark.parametrize("measure", MEASURES)
 @pytest.mark.parametrize("length", [1, 2, 33, 128])
-def test_low_rank_kernel_is_the_powers_of_hippo(measure: str, length: int) -> None:
+def test_low_rank_kernel_is_the_powers_of_hippo(measure: Any, length: int) -> None:
     """C A_d^l B_d of the dense real system, discretised by SciPy."""
     size, sampled = 64, system(measure, 64)
     c = torch.complex(normal(2, 32), normal(2, 32, seed=1))
     transition, _ = conv.dense(sampled)
     truncated = conv.truncated(c, transition, length)
     taps = conv.low_rank_kernel(sampled, truncated, length, torch.float64)
-    a, b = conv.hippo(measure, size)  # pyright: ignore
-    v = conv.normal_plus_low_rank(measure, size)[3]  # pyright: ignore
+    a, b = conv.hippo(measure, size)
+    v = conv.normal_plus_low_rank(measure, size)[3]
     for feature in range(2):
         row = (whole(c[feature]) @ v.mH).real[None]
         step = sampled.step[feature].item()
@@ -203,10 +206,10 @@ def test_low_rank_kernel_of_any_rank_and_its_gradient(
     leaves = [normal(2, 4, 2, seed=s) for s in range(3)] + [normal(2, rank, 4, 2, seed=3)]
     leaves = [t.requires_grad_() for t in (*leaves, normal(2, seed=4))]
 
-    def parts(frequencies: Tensor, b: Tensor, c: Tensor, p: Tensor, step: Tensor) -> tuple:
+    def parts(frequencies: Tensor, b: Tensor, c: Tensor, p: Tensor, step: Tensor) -> Any:
         eigenvalues = torch.complex(-frequencies[..., 0].exp(), 5 * frequencies[..., 1])
-        complexes = [torch.view_as_complex(t) for t in (p, b, c)]
-        return conv.LowRank(eigenvalues, *complexes[:2], step.exp() / 10), complexes[2]
+        p_, b_, c_ = (torch.view_as_complex(t) for t in (p, b, c))
+        return conv.LowRank(eigenvalues, p_, b_, step.exp() / 10), c_
 
     sampled, c = parts(*leaves)
     transition, input = conv.dense(sampled)
@@ -244,7 +247,7 @@ def test_truncation_doubles_and_undoes() -> None:
 
 @pytest.mark.parametrize("measure", MEASURES)
 @pytest.mark.parametrize("length", [1, 5, 8, 21])
-def test_low_rank_step_dense_state_and_response_agree(measure: str, length: int) -> None:
+def test_low_rank_step_dense_state_and_response_agree(measure: Any, length: int) -> None:
     sampled, c = system(measure, 8), torch.complex(normal(2, 4), normal(2, 4, seed=1))
     u, state = normal(3, 2, length), normal(3, 2, 4, 2, seed=2)
     outs, x = [], state

@@ -10,6 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -144,18 +145,16 @@ def _measure(
             late.set()
             process.kill()
 
+        assert process.stdin is not None and process.stdout is not None
         limit = _limit(Budget.parse(settings.budget))
         timer = None if limit is None else threading.Timer(limit, give_up)
         if timer is not None:
             timer.daemon = True
             timer.start()
         try:
-            assert process.stdin is not None and process.stdout is not None
-            try:
-                process.stdin.write(json.dumps({**row, "corpus": settings.data}))
-                process.stdin.close()
-            except BrokenPipeError:
-                pass  # it ended before it read: its exit status and errors tell why
+            # Where it ended before it read, its exit status and errors tell why.
+            with suppress(BrokenPipeError), process.stdin as job:
+                job.write(json.dumps({**row, "corpus": settings.data}))
             for line in process.stdout:
                 message = json.loads(line)
                 found = message.get("record", found)
@@ -165,6 +164,7 @@ def _measure(
         finally:
             process.kill()
             process.wait()
+            process.stdout.close()
             if timer is not None:
                 timer.cancel()
         reason = None
@@ -211,7 +211,10 @@ def _commit() -> str | None:
     try:
         commit, changes = (
             subprocess.run([*git, *command], capture_output=True, text=True, check=True).stdout
-            for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--", str(here.parent)))
+            for command in (
+                ("rev-parse", "HEAD"),
+                ("status", "--porcelain", "--", str(here.parent)),
+            )
         )
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -230,5 +233,3 @@ def _machine(settings: Settings) -> dict[str, Any]:
         "torch": version("torch"),
         "device": settings.device,
     }
-
-

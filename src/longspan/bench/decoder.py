@@ -70,11 +70,14 @@ def decoder(
         **changes,
     }
     fields["inner"] = inner or 4 * fields["width"]
-    mixers = [{"id": spec.id, **spec.arguments}]
+    known, remembers = options(spec.id), show(spec.id).kind == "memory"
+    # A memory has positions of its own, which count across segments; the model's would replace
+    # them, where it takes any.
+    own = {"position": None} if remembers and "position" in known else {}
+    mixers = [{"id": spec.id, **own, **spec.arguments}]
     model = LongspanForCausalLM(LongspanConfig(mixers=mixers, **fields))
-    if show(spec.id).kind != "memory":
+    if not remembers:
         return model
-    known = options(spec.id)
     memory = spec.arguments.get("memory") or (known["memory"].default if "memory" in known else 0)
     segment = max(1, fields["length"] // 4)
     return InSegments(model, segment=min(memory, segment) if memory else segment)

@@ -84,10 +84,11 @@ def _match_state(spec: Spec, settings: Settings) -> tuple[Spec, str | None]:
             f"state not matched ('{spec.id}' has no argument for its size): {own} bytes against "
             f"{target}."
         )
-    small, large = settings.length // 32 or 1, settings.length // 8 or 2
+    small, large = (2 * max(1, settings.length // part) for part in (64, 16))
     low, high = carried(small), carried(large)
     if high > low:
-        size = max(1, round(small + (target - low) * (large - small) / (high - low)))
+        size = small + (target - low) * (large - small) / (high - low)
+        size = max(2, 2 * round(size / 2))  # a window is even
         own = carried(size)
         if abs(own - target) <= 0.1 * target:
             return Spec(spec.id, {**spec.arguments, name: size}), None

@@ -53,9 +53,7 @@ def row(job: dict[str, Any], tell: Tell) -> dict[str, Any]:
     speed, state, crossover = _speed(lm, spec, settings, tell)
     valid = corpus(settings.data).valid
     window = torch.from_numpy(valid[: min(PICTURED, settings.length)].astype("int64"))[None]
-    pictured = picture(
-        lm.model if isinstance(lm, InSegments) else lm, window.to(settings.device)
-    )
+    pictured = picture(lm.model if isinstance(lm, InSegments) else lm, window.to(settings.device))
     verdicts = []
     if settings.certificate:
         tell("certificate", 0.0)
@@ -139,12 +137,14 @@ def bits(lm: nn.Module, windows: Tensor, rows: int) -> Tensor:
     return torch.cat(found).double().cpu() / math.log(2)
 
 
-def by_position(found: Tensor) -> list[dict[str, float]]:
+def by_position(found: Tensor) -> list[dict[str, Any]]:
     """The mean over spans of positions, 0 to 64 and then doubling: does it use its context?"""
     spans, start, end = [], 0, 64
     while start < len(found):
         bits_per_byte = float(found[start:end].mean())
-        spans.append({"from": start, "to": min(end, len(found) + 1), "bits_per_byte": bits_per_byte})
+        spans.append(
+            {"from": start, "to": min(end, len(found) + 1), "bits_per_byte": bits_per_byte}
+        )
         start, end = end, 2 * end
     return spans
 
@@ -200,8 +200,8 @@ def _speed(
     seconds = Budget.parse(settings.budget).seconds
     patience = 20.0 if seconds is None else min(60.0, max(5.0, seconds / 2))
     started = time.perf_counter()
-    prefill: list[dict[str, float]] = []
-    steps: list[dict[str, float]] = []
+    prefill: list[dict[str, Any]] = []
+    steps: list[dict[str, Any]] = []
     state: list[dict[str, int]] = []
     ratios: list[tuple[int, float]] = []
     lengths = [n for k in range(-4, 3) if (n := int(settings.length * 2.0**k)) >= 16]

@@ -30,7 +30,9 @@ def picture(model: nn.Module, tokens: Int[Tensor, "1 L"], *, layer: int = -1) ->
     Raises:
         LongspanError: the model has no block with a mixer.
     """
-    mixers = [m.mixer for m in model.modules() if isinstance(m, Block) and isinstance(m.mixer, Mixer)]
+    mixers = [
+        m.mixer for m in model.modules() if isinstance(m, Block) and isinstance(m.mixer, Mixer)
+    ]
     if not mixers:
         raise LongspanError(
             f"{type(model).__name__} has no longspan Block; expected a model of longspan.models."

@@ -95,7 +95,7 @@ class Settings:
 
     data: str = "stdlib"
     length: int = 4096
-    match: Match = "params"
+    match: str = "params"
     budget: str = "2m"
     width: int = 128
     layers: int = 2
@@ -109,9 +109,7 @@ class Settings:
     def __post_init__(self) -> None:
         budget = Budget.parse(self.budget)
         if self.match not in get_args(Match):
-            raise LongspanError(
-                f"no match '{self.match}'; expected {', '.join(get_args(Match))}."
-            )
+            raise LongspanError(f"no match '{self.match}'; expected {', '.join(get_args(Match))}.")
         if self.match == "time" and budget.seconds is None:
             raise LongspanError(
                 f"--match time needs a budget in time and got '{self.budget}': give 30s, 2m or 1h."
@@ -158,7 +156,9 @@ def choose(text: str) -> list[Spec]:
             specs = [Spec.parse(part)]
         chosen += [spec for spec in specs if spec not in chosen]
     if not chosen:
-        raise LongspanError(f"'{text}' chooses no mechanism that mixes a sequence; see longspan list.")
+        raise LongspanError(
+            f"'{text}' chooses no mechanism that mixes a sequence; see longspan list."
+        )
     return chosen
 
 
@@ -172,9 +172,8 @@ def refusal(card: Card, *, allow_leaks: bool) -> str | None:
     strict = _strict(card)
     instead = f"compare '{strict}', which is" if strict else "no strict variant is registered"
     if "causal" not in card.modes:
-        return (
-            f"'{card.id}' has no causal form (modes: {', '.join(sorted(card.modes))})"
-            + (f": {instead} causal." if strict else "; a language model needs one.")
+        return f"'{card.id}' has no causal form (modes: {', '.join(sorted(card.modes))})" + (
+            f": {instead} causal." if strict else "; a language model needs one."
         )
     if card.causality != "strict" and not allow_leaks:
         how = (
@@ -183,7 +182,9 @@ def refusal(card: Card, *, allow_leaks: bool) -> str | None:
             else "later tokens reach earlier ones through rounding"
         )
         return f"'{card.id}' can see the future ({how}): {instead}" + (
-            " strict, or pass --allow-leaks." if strict else "; --allow-leaks trains it all the same."
+            " strict, or pass --allow-leaks."
+            if strict
+            else "; --allow-leaks trains it all the same."
         )
     return None
 

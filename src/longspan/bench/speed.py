@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from longspan.bench.memory import temporaries
-from longspan.bench.settings import BASELINE, MIXING
+from longspan.bench.settings import BASELINE, MIXING, Spec
 from longspan.card import Card
 from longspan.errors import LongspanError
 from longspan.nn import Attention, MultiHead
 from longspan.registry import build, options, show
 
 HEADS, HEAD_WIDTH = 4, 64
-LENGTHS = (1024, 2048, 4096, 8192, 16384)
+LENGTHS = (1024, 4096, 16384)
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class Cost:
 
 
 def measure(
-    id: str,
+    spec: Spec,
     *,
     lengths: Sequence[int] = LENGTHS,
     seconds: float = 1.0,
@@ -153,24 +153,24 @@ def measure(
     Raises:
         LongspanError: the mechanism mixes no sequence, or needs arguments that are not given.
     """
-    card = show(id)
+    card = show(spec.id)
     if card.kind not in MIXING:
         raise LongspanError(
-            f"'{id}' is of kind {card.kind}, which has no cost of its own: "
+            f"'{spec.id}' is of kind {card.kind}, which has no cost of its own: "
             f"bench takes the kinds {', '.join(MIXING)}."
         )
     costs: list[Cost] = []
     for length in sorted(lengths):
         if costs and costs[-1].training * (length / costs[-1].length) ** 2 > patience:
             break
-        forward, training, dense_forward, dense_training = _runs(card, length)
+        forward, training, dense_forward, dense_training = _runs(card, length, spec.arguments)
         # First of all, while the allocator has kept nothing of this size.
         memory = temporaries(training)
         alone = paired(forward, dense_forward, seconds=seconds, clock=clock)
         both = paired(training, dense_training, seconds=seconds, clock=clock)
         costs.append(
             Cost(
-                id,
+                spec.id,
                 length,
                 alone.first,
                 both.first,
@@ -187,7 +187,7 @@ def measure(
 Run = Callable[[], object]
 
 
-def _runs(card: Card, length: int) -> tuple[Run, Run, Run, Run]:
+def _runs(card: Card, length: int, arguments: dict[str, Any]) -> tuple[Run, Run, Run, Run]:
     generator = torch.Generator().manual_seed(0)
     causal = "causal" in card.modes
     known = options(card.id)
@@ -202,7 +202,7 @@ def _runs(card: Card, length: int) -> tuple[Run, Run, Run, Run]:
         )
         if name in known and (name == "causal" or known[name].default is known[name].empty)
     }
-    built = build(card.id, **own).eval()
+    built = build(card.id, **{**own, **arguments}).eval()
     if card.kind == "attention":
         assert isinstance(built, Attention)
         q, k, v = torch.randn(3, 1, HEADS, length, HEAD_WIDTH, generator=generator).unbind()

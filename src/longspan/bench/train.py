@@ -34,7 +34,7 @@ class Progress(TrainerCallback):
     marks: list[float] = field(default_factory=lambda: [2.0**-k for k in range(6, -1, -1)])
     tell: Callable[[float], None] = lambda _: None
     seconds: list[float] = field(default_factory=list)
-    curve: list[dict[str, float]] = field(default_factory=list)
+    curve: list[dict[str, Any]] = field(default_factory=list)
     tokens: int = 0
     spent: float = 0.0
     _since: float = 0.0

@@ -404,13 +404,12 @@ def grow(
     q, v = (t.masked_fill(~seen[:, None, :, None], 0) for t in (q, v))
     unit = F.normalize(q.to(torch.promote_types(q.dtype, torch.float32)), dim=-1, eps=1e-6)
     buckets = hash_angles(unit, directions, factors)
-    new = Hashed(
-        unit.to(q.dtype), v, seen, buckets.masked_fill(~seen[:, None, None], math.prod(factors))
-    )
-    if table is None:
-        return new
-    axes = (2, 2, 1, 3)
-    return Hashed(*(torch.cat(pair, axis) for *pair, axis in zip(table, new, axes, strict=True)))
+    grown = Hashed(unit.to(q.dtype), v, seen, buckets)
+    if table is not None:
+        pairs = zip(table, grown, (2, 2, 1, 3), strict=True)
+        grown = Hashed(*(torch.cat([old, new], axis) for old, new, axis in pairs))
+    hidden = ~grown.keep[:, None, None]  # tokens of rows that were reset too
+    return grown._replace(buckets=grown.buckets.masked_fill(hidden, math.prod(factors)))
 
 
 def attend(

@@ -62,8 +62,8 @@ def looks(comparison: Comparison) -> list[Look]:
         groups.setdefault(row.family if by_family else row.label, []).append(row.label)
     key = [] if dense is None else [Look(dense.label, [dense.label], INK, "hexagon", "solid")]
     for i, (label, members) in enumerate(groups.items()):
-        # The symbols move on by one when the colours come round: no pair returns before 56.
-        symbol = SYMBOLS[(i + i // COLOURS) % len(SYMBOLS)]
+        # Seven and eight have no common factor: no pair of colour and symbol returns before 56.
+        symbol = SYMBOLS[i % len(SYMBOLS)]
         key.append(Look(label, members, i % COLOURS, symbol, DASHES[(i + 1) % len(DASHES)]))
     return key
 
@@ -112,12 +112,22 @@ def _tick(value: float, unit: Unit) -> str:
     return re.sub(r"\.0+(?= |$)", "", _WRITTEN[unit](value))
 
 
+def _size_beside(value: float, other: float) -> str:
+    """A size in the unit that `other` is written in."""
+    scale = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "B": 1}
+    name = summary.size(other).rsplit(" ", 1)[1]
+    return f"{value / scale[name]:,g} {name}"
+
+
 def _log_axis(title: str, unit: Unit, values: Sequence[float], *, line: bool) -> dict[str, Any]:
     low, high = math.log10(min(values)), math.log10(max(values))
     margin = max(0.04 if line else 0.08, (0.03 if line else 0.09) * (high - low))
     low, high = low - margin, high + margin
+    written = None
     if unit != "length" and high - low < 0.6:
         ticks = _even(10.0**low, 10.0**high, 1024 if unit == "bytes" else 1000)
+        # Close together, sizes are read in one unit: 800, 1,000, 1,200 MiB.
+        written = [_size_beside(tick, ticks[0]) for tick in ticks] if unit == "bytes" else None
     elif unit in ("length", "bytes"):
         first, last = math.ceil(low / math.log10(2)), math.floor(high / math.log10(2))
         every = max(1, math.ceil((last - first + 1) / 6))
@@ -131,7 +141,7 @@ def _log_axis(title: str, unit: Unit, values: Sequence[float], *, line: bool) ->
         "type": "log",
         "range": [low, high],
         "tickvals": ticks,
-        "ticktext": [_tick(tick, unit) for tick in ticks],
+        "ticktext": written or [_tick(tick, unit) for tick in ticks],
     }
 
 
@@ -250,7 +260,7 @@ def _pareto_state(comparison: Comparison, choice: str | None) -> Figure | None:
         choice,
         id="quality-state",
         title="Quality against state",
-        axis=f"state after {summary.length(shared or 0)} tokens",
+        axis=f"state after {summary.length(shared or 0.0)} tokens",
         unit="bytes",
         better="low",
         adjective="smaller in state",

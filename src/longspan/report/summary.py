@@ -256,7 +256,7 @@ def gather(records: Sequence[Mapping[str, Any]]) -> Comparison:
     """Group records by id and arguments; a later record of the same seed replaces an earlier."""
     groups: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
     for record in records:
-        arguments = json.dumps(record.get("arguments") or {}, sort_keys=True, default=str)
+        arguments = json.dumps(_arguments(record), sort_keys=True, default=str)
         # A run under other settings is another measurement, not a better one of the same.
         settings = part(record, "settings", "digest") or ""
         group = groups.setdefault((str(record.get("id")), arguments), {})
@@ -265,11 +265,16 @@ def gather(records: Sequence[Mapping[str, Any]]) -> Comparison:
     rows = []
     for (id, _), group in groups.items():
         members = list(group.values())
-        given: Mapping[str, Any] = members[0].get("arguments") or {}
-        named = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        given = _arguments(members[0]).items()
+        named = ", ".join(f"{name}={value!r}" for name, value in given)
         label = f"{id}({named})" if variants[id] > 1 and named else id
         rows.append(Row(id, label, members))
     return Comparison(rows, [record for row in rows for record in row.records])
+
+
+def _arguments(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    given = record.get("arguments")
+    return given if isinstance(given, Mapping) else {}
 
 
 def count(value: float) -> str:

@@ -98,12 +98,12 @@
     return points.filter((p) => isNamed(figure, p.label)).map((p) => {
       const w = widthOf(p.label) * (p.label === figure.chosen ? 1.1 : 1);
       const h = FONT;
-      const sides = [
-        [p.x + 10, p.y - h / 2], [p.x - 10 - w, p.y - h / 2],
-        [p.x - w / 2, p.y + 10], [p.x - w / 2, p.y - 10 - h],
-        [p.x + 7, p.y + 6], [p.x + 7, p.y - 6 - h],
-        [p.x - 7 - w, p.y + 6], [p.x - 7 - w, p.y - 6 - h],
-      ].map(([x, y]) => [x, y, x + w, y + h]);
+      const sides = [10, 20].flatMap((d) => [
+        [p.x + d, p.y - h / 2], [p.x - d - w, p.y - h / 2],
+        [p.x - w / 2, p.y + d], [p.x - w / 2, p.y - d - h],
+        [p.x + 0.7 * d, p.y + 0.6 * d], [p.x + 0.7 * d, p.y - 0.6 * d - h],
+        [p.x - 0.7 * d - w, p.y + 0.6 * d], [p.x - 0.7 * d - w, p.y - 0.6 * d - h],
+      ]).map(([x, y]) => [x, y, x + w, y + h]);
       const cost = (box) =>
         taken.reduce((sum, other) => sum + overlap(box, other), 0) +
         1e4 * (box[0] < 0 || box[1] < 0 || box[2] > area.width || box[3] > area.height);
@@ -116,7 +116,7 @@
   function traces(figure) {
     const ink = colour("ink");
     const many = lookOf.size > 12;
-    const last = (s) => (s.of === figure.chosen ? 2 : lookOf.get(s.of)?.colour < 0 ? 1 : 0);
+    const last = (s) => (s.of === figure.chosen ? 3 : lookOf.get(s.of)?.colour < 0 ? 2 : Number(isNamed(figure, s.of)));
     const drawn = [...figure.series].sort((a, b) => last(a) - last(b)).map((s) => {
       const look = lookOf.get(s.of);
       const chosen = s.of === figure.chosen;
@@ -128,7 +128,8 @@
         x: s.x, y: s.y, text: s.text,
         hovertemplate: s.after ? `%{text}<br>${escaped(s.after)}<extra></extra>` : "%{text}<extra></extra>",
         showlegend: false,
-        opacity: isOut(s.of) ? 0.12 : 1,
+        // Among many, those without a name step back; they answer to the pointer and to the key.
+        opacity: isOut(s.of) ? 0.12 : many && !isNamed(figure, s.of) ? 0.4 : 1,
         mode: figure.kind === "lines" ? "lines+markers" : "markers",
         line: { color: own, width: strong ? 2.6 : many ? 1.2 : 1.8, dash: look?.dash },
         marker: {
