@@ -4,16 +4,18 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from longspan.bench import compare, records
 from longspan.bench.settings import Budget, Settings, Spec, choose, refusal
+from longspan.cli import app
 from longspan.errors import LongspanError
 from longspan.registry import show
 
@@ -307,7 +309,7 @@ def test_what_cannot_be_matched_says_so() -> None:
     from longspan.bench.match import match
 
     settings = Settings(length=64, width=32, layers=1, heads=2, match="flops")
-    with pytest.raises(LongspanError, match="cannot be matched.*--match time"):
+    with pytest.raises(LongspanError, match=r"cannot be matched.*--match time"):
         match(Spec("reformer-lsh-causal", {}), settings)
 
 
@@ -388,18 +390,49 @@ def test_flops_are_counted_as_the_formulas_say() -> None:
     assert count_flops(lambda: torch.fft.rfft(x)) == 3 * 2.5 * 64 * 6
 
 
+@pytest.mark.slow
+def test_the_trainer_costs_less_than_five_per_cent_of_a_bare_loop(settings: Settings) -> None:
+    from longspan.bench.decoder import decoder
+    from longspan.bench.train import Progress, train
+
+    model = decoder(Spec("multi-head-attention", {}), Settings(length=512))
+    tokens = torch.randint(256, (2, 512), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": tokens, "labels": tokens}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    def bare() -> None:
+        for _ in range(20):
+            model(**batch).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def trained() -> None:
+        progress = Progress(Budget(tokens=20 * 1024), 1024)
+        train(model, lambda: batch, progress, rate=1e-3, seed=0, device="cpu")
+
+    def cost(run: Callable[[], None]) -> float:
+        start = time.process_time()
+        run()
+        return time.process_time() - start
+
+    pairs = [(cost(trained), cost(bare)) for _ in range(7)]
+    # The least of each: a busy machine only ever adds.
+    assert min(a for a, _ in pairs) < 1.05 * min(b for _, b in pairs) + 0.1  # 0.1 s sets it up
+
+
 def test_a_row_end_to_end_and_resumed(tmp_path: Path) -> None:
     """Two real rows by the command, then the same command again: nothing is measured twice."""
     text = tmp_path / "text"
     text.write_bytes(b"the quick brown fox jumps over the lazy dog. " * 200)
     command = [
-        sys.executable, "-m", "longspan", "compare", "--data", str(text), "--length", "64",
+        "compare", "--data", str(text), "--length", "64",
         "--budget", "512tok", "--batch", "4", "--width", "32", "--layers", "1", "--heads", "2",
         "--mechanisms", "multi-head-attention,linear-transformer,reformer-lsh",
         "--no-certificate", "--out", str(tmp_path / "out"),
     ]  # fmt: skip
-    first = subprocess.run(command, capture_output=True, text=True)
-    assert first.returncode == 0, first.stderr
+    first = CliRunner().invoke(app, command)
+    assert first.exit_code == 0, first.output
     dense, linear, refused = records.read(tmp_path / "out")
     assert refused["status"] == "refused"
     for row in (dense, linear):
@@ -424,8 +457,8 @@ def test_a_row_end_to_end_and_resumed(tmp_path: Path) -> None:
 
     written = (tmp_path / "out/records.jsonl").read_bytes()
     page.unlink()
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
+    again = CliRunner().invoke(app, command)
+    assert again.exit_code == 0, again.output
     assert (tmp_path / "out/records.jsonl").read_bytes() == written
     assert page.exists()
     assert json.loads(written.splitlines()[0]) == dense

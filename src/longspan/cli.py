@@ -6,7 +6,7 @@ that need it, when they run.
 
 import json
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,7 +47,7 @@ app = typer.Typer(
     help="Every published way past the quadratic attention bottleneck: list them, check them, "
     "and compare them on your data, at your length, on your machine.",
 )
-DEFAULT = {field.name: field.default for field in fields(Settings)}
+DEFAULT = Settings()
 
 
 def _examples(*lines: str) -> str:
@@ -84,10 +84,11 @@ def _table(*headers: str, right: tuple[str, ...] = ()) -> Table:
     return table
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool) -> bool:
     if wanted:
         typer.echo(f"longspan {longspan.__version__}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()
@@ -226,31 +227,31 @@ def check(
     )
 )
 def compare(
-    data: Annotated[str, typer.Option(help="A corpus's name, or a path.")] = DEFAULT["data"],
+    data: Annotated[str, typer.Option(help="A corpus's name, or a path.")] = DEFAULT.data,
     mechanisms: Annotated[
         str,
         typer.Option(
             help="Ids separated by commas, each with (name=value, …) if need be; family:NAME; all."
         ),
     ] = "all",
-    length: Annotated[int, typer.Option(help="Tokens (bytes) of a window.")] = DEFAULT["length"],
+    length: Annotated[int, typer.Option(help="Tokens (bytes) of a window.")] = DEFAULT.length,
     match: Annotated[
         str, typer.Option(help="What is made equal to dense: params, flops, state or time.")
-    ] = DEFAULT["match"],
+    ] = DEFAULT.match,
     budget: Annotated[
         str, typer.Option(help="Of training, a row: 30s, 2m, 1h or 200000tok.")
-    ] = DEFAULT["budget"],
+    ] = DEFAULT.budget,
     seeds: Annotated[int, typer.Option(min=1, help="Rows a mechanism.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder of the records and the report.")] = Path(
         "runs/compare"
     ),
-    width: Annotated[int, typer.Option(help="Of the model.")] = DEFAULT["width"],
-    layers: Annotated[int, typer.Option(help="Of the model.")] = DEFAULT["layers"],
-    heads: Annotated[int, typer.Option(help="A layer.")] = DEFAULT["heads"],
+    width: Annotated[int, typer.Option(help="Of the model.")] = DEFAULT.width,
+    layers: Annotated[int, typer.Option(help="Of the model.")] = DEFAULT.layers,
+    heads: Annotated[int, typer.Option(help="A layer.")] = DEFAULT.heads,
     batch: Annotated[
         int | None, typer.Option(help="Windows a step; by default 4096 tokens' worth.")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = DEFAULT["device"],
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = DEFAULT.device,
     certificate: Annotated[bool, typer.Option(help="Check the laws, too.")] = True,
     allow_leaks: Annotated[
         bool, typer.Option("--allow-leaks", help="Train also what can see the future.")
@@ -449,6 +450,7 @@ def train(
     ] = False,
 ) -> None:
     """Train a byte-level language model, to be loaded by `generate` or by transformers."""
+    specs = _specs(mixers)
     import math
 
     from transformers import PrinterCallback
@@ -465,7 +467,7 @@ def train(
             "--out."
         )
     config = LongspanConfig(
-        mixers=[{"id": spec.id, **spec.arguments} for spec in _specs(mixers)],
+        mixers=[{"id": spec.id, **spec.arguments} for spec in specs],
         width=width,
         layers=layers,
         heads=heads,
@@ -575,7 +577,7 @@ def generate(
     given = torch.tensor([list(prompt.encode())])
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
-    made = model.generate(
+    made = model.generate(  # pyright: ignore[reportAttributeAccessIssue]
         given,
         attention_mask=torch.ones_like(given),
         max_new_tokens=tokens,

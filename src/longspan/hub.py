@@ -182,7 +182,7 @@ class Pretrained(PreTrainedModel):
         # Loading replaces parameters by new ones, which lose these marks.
         for name, parameter in self.named_parameters():
             trains, optim = self._declared[name]
-            pass
+            parameter.requires_grad_(trains)
             if optim is not None:
                 parameter._optim = optim  # pyright: ignore[reportAttributeAccessIssue]
 

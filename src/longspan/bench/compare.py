@@ -145,7 +145,8 @@ def _measure(
             late.set()
             process.kill()
 
-        assert process.stdin is not None and process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
         limit = _limit(Budget.parse(settings.budget))
         timer = None if limit is None else threading.Timer(limit, give_up)
         if timer is not None:

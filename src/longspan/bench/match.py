@@ -1,4 +1,4 @@
-"""Matching in size: the arguments at which a mechanism's model costs what dense attention's does."""
+"""Matching in size: the arguments at which a model costs what dense attention's does."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,10 +72,6 @@ def _match_state(spec: Spec, settings: Settings) -> tuple[Spec, str | None]:
     if "step" not in show(spec.id).modes:
         return spec, f"state not matched ('{spec.id}' carries none: it has no step form)."
 
-    def carried(size: int) -> int:
-        changed = Spec(spec.id, {**spec.arguments, name: size})
-        return carried_bytes(decoder(changed, settings), settings.length)
-
     known = options(spec.id)
     name = next((n for n in SIZES if n in known and isinstance(known[n].default, int)), None)
     if name is None:
@@ -84,6 +80,13 @@ def _match_state(spec: Spec, settings: Settings) -> tuple[Spec, str | None]:
             f"state not matched ('{spec.id}' has no argument for its size): {own} bytes against "
             f"{target}."
         )
+
+    def resized(size: int) -> Spec:
+        return Spec(spec.id, {**spec.arguments, name: size})
+
+    def carried(size: int) -> int:
+        return carried_bytes(decoder(resized(size), settings), settings.length)
+
     small, large = (2 * max(1, settings.length // part) for part in (64, 16))
     low, high = carried(small), carried(large)
     if high > low:
@@ -91,5 +94,5 @@ def _match_state(spec: Spec, settings: Settings) -> tuple[Spec, str | None]:
         size = max(2, 2 * round(size / 2))  # a window is even
         own = carried(size)
         if abs(own - target) <= 0.1 * target:
-            return Spec(spec.id, {**spec.arguments, name: size}), None
+            return resized(size), None
     return spec, f"state not matched ('{name}' of '{spec.id}' does not reach {target} bytes)."

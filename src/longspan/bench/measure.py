@@ -22,7 +22,7 @@ from longspan.data import corpus, random_windows, recall, recall_accuracy
 from longspan.errors import LongspanError
 from longspan.nn import state_bytes
 
-HELD_OUT, CURVE = 2**16, 2**13  # tokens of validation data, at the end and on the way
+HELD_OUT, CURVE = 2**15, 2**12  # tokens of validation data, at the end and on the way
 RECALL = {"length": 32, "pairs": 4, "vocabulary": 16}
 RECALL_BATCH = 64
 PICTURED = 64
@@ -122,7 +122,11 @@ def _language(
 
 
 def bits(lm: nn.Module, windows: Tensor, rows: int) -> Tensor:
-    """Bits of each byte of each window but its first, given those before it, `rows` windows at a time: B × (L − 1)."""
+    """Bits of each byte of each window but its first, given those before it: B × (L − 1).
+
+    Args:
+        rows: windows read at once.
+    """
     lm.eval()
     device = next(lm.parameters()).device
     with torch.no_grad():
@@ -192,8 +196,8 @@ def _speed(
 ) -> tuple[dict[str, Any], list[dict[str, int]], dict[str, int | None]]:
     """Prefill and step at lengths from a sixteenth to four times the training length, beside dense.
 
-    Doubling lengths, until the next pair of runs would outlast what is left of half the budget
-    (5 s to a minute; 20 s for a budget of tokens).
+    Doubling lengths: all up to the training length, and beyond it until the next would outlast
+    what is left of half the budget (5 s to a minute; 20 s for a budget of tokens).
     """
     dense = decoder(Spec(BASELINE, {}), settings).to(settings.device).eval()
     lm.eval()
@@ -218,7 +222,7 @@ def _speed(
 
         begun = time.perf_counter()
         try:
-            both = paired(lambda: run(lm), lambda: run(dense), seconds=patience / 20)  # noqa: B023
+            both = paired(lambda: run(lm), lambda: run(dense), seconds=patience / 40)
             cache = run(lm)
         except LongspanError:
             break  # built for a length that this exceeds
@@ -230,9 +234,9 @@ def _speed(
             state.append({"length": length, "bytes": state_bytes(cache.states)})
             steps.append({"length": length, "seconds": _step(lm, cache, settings.device)})
         now = time.perf_counter()
-        if now - started + 4 * (now - begun) > patience:
+        if length >= settings.length and now - started + 4 * (now - begun) > patience:
             break
-    crossover = {"length": None, "beyond": None}
+    crossover: dict[str, int | None] = {"length": None, "beyond": None}
     if spec.id != BASELINE and ratios:
         crossover = cross(ratios)
     return {"prefill": prefill, "step": steps}, state, crossover

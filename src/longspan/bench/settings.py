@@ -60,10 +60,8 @@ class Spec:
                 "longformer(window=256)."
             )
         try:
-            call = ast.parse(f"f({found[2] or ''})", mode="eval").body
-            assert isinstance(call, ast.Call) and not call.args
-            arguments = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-        except (SyntaxError, ValueError, AssertionError):
+            arguments = ast.literal_eval(_as_dict(found[2] or ""))
+        except (SyntaxError, ValueError):
             raise LongspanError(
                 f"the arguments of '{text}' cannot be read: write name=literal, separated by "
                 "commas, as in longformer(window=256)."
@@ -136,6 +134,14 @@ class Settings:
         counted = {name: settings[name] for name in settings if name != "allow_leaks"}
         text = json.dumps(counted, sort_keys=True, default=str)
         return {**settings, "digest": hashlib.sha256(text.encode()).hexdigest()[:16]}
+
+
+def _as_dict(arguments: str) -> ast.expr:
+    """`a=1, b=2` as the expression `{"a": 1, "b": 2}`."""
+    call = ast.parse(f"f({arguments})", mode="eval").body
+    if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
+        raise ValueError(arguments)
+    return ast.Dict([ast.Constant(k.arg) for k in call.keywords], [k.value for k in call.keywords])
 
 
 def choose(text: str) -> list[Spec]:

@@ -46,7 +46,8 @@ def paired(
     One run of each warms up; then pairs follow until `seconds` of wall-clock are spent, at least
     `least` and at most `most`.
     """
-    first(), second()
+    for run in (first, second):
+        run()
     pairs: list[tuple[float, float]] = []
     end = time.perf_counter() + seconds
     while len(pairs) < least or (len(pairs) < most and time.perf_counter() < end):

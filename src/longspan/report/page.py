@@ -205,7 +205,7 @@ def _name(row: Row, look: Look | None, *, chosen: bool) -> str:
     # What a record calls a link is followed only where it is one.
     if link.startswith(("https://", "http://")):
         label = f'<a href="{_escape(link)}" title="{name}" rel="noreferrer">{label}</a>'
-    recommended = ' <b class="chosen">recommended</b>' if chosen else ""
+    recommended = ' · <b class="chosen">recommended</b>' if chosen else ""
     return (
         f'<th scope="row" data-value="{_escape(row.label)}"><div>{_mark(look)}<span>{label}'
         f"<small>{_escape(row.family)}{recommended}</small></span></div></th>"

@@ -230,7 +230,9 @@ def _unsound(row: Row) -> list[str]:
             f"{row.label} can see the future: later tokens change whom earlier ones attend to, "
             "so its quality as a language model is flattered."
         )
-    elif row.causality not in (None, "strict"):
+    elif row.causality is None:
+        found.append(f"Whether {row.label} can see the future is not stated.")
+    elif row.causality != "strict":
         found.append(f"{row.label} is not strictly causal (causality: {row.causality}).")
     if skipped := row.laws_with("skip"):
         found.append(f"{row.label} skips {listing(skipped)}: not shown to hold.")

@@ -101,7 +101,8 @@ class Row:
 
     @property
     def causality(self) -> str | None:
-        return self.card.get("causality")
+        stated = self.card.get("causality")
+        return stated if isinstance(stated, str) else None
 
     @property
     def seeds(self) -> list[Any]:

@@ -55,11 +55,12 @@ class Longformer(Attention):
     Args:
         window: the total, even window w of the paper, for all heads or one a head.
         dilation: gaps in the window, for all heads or one a head.
-        hubs: the first so many tokens of each row are global, beside those that `marks` names.
+        hubs: the first so many tokens of each row are global, beside those that `marks` names;
+            the causal form has none and takes no notice.
 
     Raises:
-        LongspanError: an odd window; windows and dilations of different counts; global tokens in
-            the causal form.
+        LongspanError: an odd window; windows and dilations of different counts, or not one a head;
+            fewer than 0 hubs; marks in the causal form.
     """
 
     takes_marks = True
@@ -80,7 +81,9 @@ class Longformer(Attention):
                 f"longformer got {len(windows)} windows and {len(dilations)} dilations: "
                 "give one of each, or one a head."
             )
-        if any(w % 2 or w < 2 for w in windows):
+        if hubs < 0:
+            raise LongspanError(f"longformer got hubs={hubs}: expected 0 or more global tokens.")
+        if not windows or any(w % 2 or w < 2 for w in windows):
             raise LongspanError(
                 f"longformer's window is the total width and must be even and positive, got "
                 f"{windows}: round to the next even number."
@@ -112,6 +115,11 @@ class Longformer(Attention):
         k_global: Keys | None = None,
         v_global: Values | None = None,
     ) -> tuple[Outputs, Recent | None]:
+        if len(self.windows) not in (1, q.shape[1]):
+            raise LongspanError(
+                f"longformer was built with {len(self.windows)} windows and got {q.shape[1]} "
+                "heads: give 1 or one a head."
+            )
         if self.causal:
             if marks is not None:
                 raise LongspanError(

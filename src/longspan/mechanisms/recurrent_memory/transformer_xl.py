@@ -50,7 +50,7 @@ def transformer_xl(
     same_length: bool = False,
     clamp_len: int | None = None,
     dropout: float = 0.0,
-    position: Position | None = None,
+    relative: Position | None = None,
 ) -> Remember:
     """Causal attention over [SG(memory) ; segment] with relative positions (Sec. 3.2 and 3.3).
 
@@ -62,10 +62,10 @@ def transformer_xl(
         memory, memory_eval: M in training and in evaluation.
         same_length: every query sees exactly the last M keys, itself among them.
         clamp_len: distances beyond it count as it.
-        position: a relative position shared with other layers; by default one of its own (untied
+        relative: a relative position shared with other layers; by default one of its own (untied
             u and v).
     """
-    relative: Position = position or build(
+    position: Position = relative or build(
         "transformer-xl-relative-position",
         width=width,
         heads=heads,
@@ -73,14 +73,14 @@ def transformer_xl(
         clamp_len=clamp_len,
     )
     if same_length:
-        relative = Within(relative, memory)
+        position = Within(position, memory)
     attention = build("multi-head-attention", causal=True, backend="tiled", dropout=dropout)
     mixer = MultiHead(
         attention,
         width=width,
         heads=heads,
         head_width=head_width,
-        position=relative,
+        position=position,
         biases=False,
     )
     return Remember(mixer, memory=memory, memory_eval=memory_eval)

@@ -50,9 +50,10 @@ class S4(Mixer):
     `dplr` (S4): A = Λ − p p*, its kernel by the Cauchy sums of S4's Algorithm 1, for any rank. What
     is trained there is C̃ = C (I − A_d^length); C is recovered from it where a state is read out.
 
-    The state is x. A masked token is an input of 0: it gives 0, and time passes. Bidirectionally, a
-    second C reads a second kernel, applied to the reversed axis (which sees u_t too; the official
-    code starts it at u_{t+1}).
+    The state is x. A masked token is an input of 0: it gives 0, and time passes, so that padding
+    at the left leaves a fresh state fresh and padding at the right lets the carried one fade.
+    Bidirectionally, a second C reads a second kernel, applied to the reversed axis (which sees u_t
+    too; the official code starts it at u_{t+1}).
 
     Args:
         state: N, the real numbers a feature's state holds (N/2 conjugate pairs).

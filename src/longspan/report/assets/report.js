@@ -90,12 +90,13 @@
       const [level, upright] = shape === "hv" ? [y0, x1] : [y1, x0];
       taken.push([x0, level - 1, x1, level + 1], [upright - 1, Math.min(y0, y1), upright + 1, Math.max(y0, y1)]);
     });
-    const corner = figure.better === "high" ? area.width - 60 : 0;
-    taken.push([corner, 0, corner + 60, 20]);
     const overlap = (a, b) =>
       Math.max(0, Math.min(a[2], b[2]) - Math.max(a[0], b[0])) *
       Math.max(0, Math.min(a[3], b[3]) - Math.max(a[1], b[1]));
-    return points.filter((p) => isNamed(figure, p.label)).map((p) => {
+    // The chosen and the baseline are named first and always; the others where there is room.
+    const rank = (p) => (p.label === figure.chosen ? 0 : lookOf.get(p.label)?.colour < 0 ? 1 : 2);
+    const named = points.filter((p) => isNamed(figure, p.label)).sort((a, b) => rank(a) - rank(b));
+    return named.flatMap((p) => {
       const w = widthOf(p.label) * (p.label === figure.chosen ? 1.1 : 1);
       const h = FONT;
       const sides = [10, 20].flatMap((d) => [
@@ -108,8 +109,9 @@
         taken.reduce((sum, other) => sum + overlap(box, other), 0) +
         1e4 * (box[0] < 0 || box[1] < 0 || box[2] > area.width || box[3] > area.height);
       const box = sides.reduce((best, side) => (cost(side) < cost(best) ? side : best));
+      if (rank(p) === 2 && cost(box) > 60) return [];
       taken.push(box);
-      return note(p.label, box[0] / area.width, (box[1] + h / 2) / area.height, "left", "middle", lookOf.get(p.label), p.label === figure.chosen);
+      return [{ ...note(p.label, box[0] / area.width, (box[1] + h / 2) / area.height, "left", "middle", lookOf.get(p.label), p.label === figure.chosen), bgcolor: colour("paper") }];
     });
   }
 
@@ -167,16 +169,23 @@
     const area = { width: width - margin.l - margin.r, height: height - margin.t - margin.b };
     const [ink, rule, muted] = ["ink", "rule", "muted"].map(colour);
     const x = axis(figure.x, muted, rule);
-    if (x.tickvals && area.width / x.tickvals.length < 44) {
-      x.ticktext = x.ticktext.map((text, i) => (i % 2 ? "" : text));
+    if (x.tickvals) {
+      let end = -Infinity;
+      x.ticktext = x.ticktext.map((text, i) => {
+        const at = along(figure.x, x.tickvals[i]) * area.width;
+        const half = widthOf(text) / 2;
+        if (at - half < end + 8) return "";
+        end = at + half;
+        return text;
+      });
     }
     const close = narrow ? { ...figure, named: figure.named.filter((l) => l === figure.chosen || lookOf.get(l)?.colour < 0) } : figure;
     const notes = lines ? (narrow ? [] : endLabels(figure, area)) : pointLabels(close, area);
     if (!lines) {
       const high = figure.better === "high";
       notes.push({
-        ...note(high ? "better ↘" : "↙ better", high ? 1 : 0, 0, high ? "right" : "left", "bottom"),
-        xshift: high ? -6 : 6, yshift: 4, font: { color: muted, size: FONT },
+        ...note(high ? "better ↘" : "better ↙", 1, 1, "right", "bottom"),
+        yshift: 12, font: { color: muted, size: FONT },
       });
     }
     // Upright titles are read without turning the head, and cost no width on a phone.

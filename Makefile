@@ -1,0 +1,43 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+# Idle OpenMP threads must not spin where several processes share two cores.
+export OMP_WAIT_POLICY = passive
+export GOMP_SPINCOUNT = 0
+export HF_HUB_OFFLINE = 1
+
+.PHONY: venv demo test test-all lint bench docs clean
+
+venv: $(STAMP)
+
+$(STAMP): constraints.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[data,dev]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/longspan compare --data stdlib --length 2048 --budget 30s --out runs/demo
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-all: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not gpu'
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/million.py
+	$(BIN)/python benchmarks/harness.py
+	$(BIN)/longspan bench --lengths 1024,4096,16384
+
+docs: $(STAMP)
+	$(BIN)/python docs/generate.py
+
+clean:
+	rm -rf .venv runs .pytest_cache .ruff_cache
