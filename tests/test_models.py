@@ -216,7 +216,7 @@ HEADED = [
 
 @pytest.mark.parametrize(("kind", "auto"), HEADED, ids=lambda c: c.__name__)
 @pytest.mark.parametrize("tied", [True, False])
-def test_saved_and_loaded_is_bit_equal(kind, auto, tied, tmp_path):
+def test_saved_and_loaded_is_bit_equal(kind, auto, tied, tmp_path, monkeypatch):
     specs = ["x-mean", {"id": "multi-head-attention", "backend": "tiled"}]
     model = build(kind, mixers=specs, position="learned-position", tie_word_embeddings=tied)
     inputs = {"input_ids": tokens(2, 9)}
@@ -224,6 +224,10 @@ def test_saved_and_loaded_is_bit_equal(kind, auto, tied, tmp_path):
         inputs["decoder_input_ids"] = tokens(2, 4)
     model.save_pretrained(tmp_path)
     torch.manual_seed(99)
+    # Memory that nothing writes to would often hold the right values by accident.
+    monkeypatch.setattr(
+        torch, "empty_like", lambda t, **said: torch.full_like(t, torch.nan, **said)
+    )
     loaded = auto.from_pretrained(tmp_path)
     assert type(loaded) is kind
     assert not loaded.training
@@ -429,6 +433,16 @@ def test_seq2seq_loss_feeds_the_delayed_labels():
     assert model.lm_head.weight is model.decoder.embed_tokens.weight
     given.loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_seq2seq_ignores_padding_on_both_sides(side):
+    model, x, pad = build(LongspanForSeq2SeqLM, **LED), tokens(2, 7), tokens(2, 3, seed=5)
+    y = tokens(2, 5, seed=2)
+    parts = [(pad, torch.zeros_like(pad)), (x, torch.ones_like(x))]
+    ids, mask = (torch.cat(p[:: 1 if side == "left" else -1], 1) for p in zip(*parts, strict=True))
+    given = model(ids, attention_mask=mask, decoder_input_ids=y).logits
+    torch.testing.assert_close(given, model(x, decoder_input_ids=y).logits)
 
 
 @pytest.mark.parametrize("beams", [1, 3])

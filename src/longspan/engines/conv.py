@@ -287,8 +287,8 @@ class _Diagonal(torch.autograd.Function):
     def plan(u: Tensor, chunk: int) -> tuple[list[_Piece], list[slice]]:
         """Pieces in order, the ragged last chunk on its own, and groups of features."""
         batch, features, length = u.shape
-        group = min(features, max(1, _BLOCK // (batch * chunk * 16)))
-        span = max(1, _BLOCK // (batch * group * chunk))
+        group = min(features, max(1, _BLOCK // (max(batch, 1) * chunk * 16)))
+        span = max(1, _BLOCK // (max(batch, 1) * group * chunk))
         whole = length // chunk
         pieces = [
             _Piece(start * chunk, min(span, whole - start), chunk)

@@ -65,7 +65,8 @@ class S4(Mixer):
         rate: how much time passes between samples, in units of training's. An attribute: set it
             to 0.5 to run on data sampled twice as densely.
 
-    SSM parameters want a small learning rate and no weight decay: see `parameter_groups`.
+    Δ, A and B want a learning rate of at most 10⁻³ and no weight decay: they say so in `_optim`,
+    which `longspan.training.parameter_groups` heeds.
 
     Raises:
         LongspanError: an option that does not exist or belongs to the other form, an odd state, a
@@ -142,6 +143,9 @@ class S4(Mixer):
                 transition, _ = conv.dense(self._system())
                 for c in self.c:
                     c.copy_(_pairs(conv.truncated(_complex(c), transition, length)))
+        for parameter in (self.log_step, self.log_decay, self.frequency, self.b, self.p):
+            if parameter is not None:
+                parameter._optim = {"lr": 1e-3, "weight_decay": 0.0}  # pyright: ignore
 
     def forward(
         self,
@@ -171,7 +175,7 @@ class S4(Mixer):
 
     def _causal(self, u: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         length = u.shape[2]
-        if length == 0:
+        if u.numel() == 0:
             return u, u.new_zeros(*u.shape[:2], *self.b.shape[1:]) if state is None else state
         if self.form == "diagonal":
             a, v = self._diagonal(0)
@@ -199,7 +203,7 @@ class S4(Mixer):
 
     def _both_ways(self, u: Tensor) -> tuple[Tensor, None]:
         length = u.shape[2]
-        if length == 0:
+        if u.numel() == 0:
             return u, None
         if self.form == "diagonal":
             forth, _ = conv.diagonal(u, *self._diagonal(0), skip=self.skip)
@@ -270,28 +274,6 @@ class S4(Mixer):
         for parameter, c in zip(self.c, cs, strict=True):
             parameter.copy_(_pairs(c))
         self.length.fill_(nodes)
-
-
-def parameter_groups(
-    model: nn.Module, *, lr: float = 1e-3, weight_decay: float = 0.01
-) -> list[dict[str, Any]]:
-    """Groups for an optimiser: Δ, A and B of every S4 in `model` at lr ≤ 10⁻³ without decay.
-
-    A Trainer takes them as `optimizers=(AdamW(parameter_groups(model, lr=4e-3)), None)`.
-    """
-    slow = [
-        parameter
-        for module in model.modules()
-        if isinstance(module, S4)
-        for parameter in (module.log_step, module.log_decay, module.frequency, module.b, module.p)
-        if parameter is not None
-    ]
-    known = {id(parameter) for parameter in slow}
-    others = [parameter for parameter in model.parameters() if id(parameter) not in known]
-    return [
-        {"params": others, "lr": lr, "weight_decay": weight_decay},
-        {"params": slow, "lr": min(lr, 1e-3), "weight_decay": 0.0},
-    ]
 
 
 def _copies(of: Tensor, width: int) -> Tensor:
