@@ -151,30 +151,44 @@ def test_sliding_looks_back_in_the_own_bucket(length: int, window: int, unique: 
         check(layout, times.clamp(max=1) if unique else times, keep, length)
 
 
-@pytest.mark.parametrize("masked", [False, True])
+def on_a_ring(reach: tuple[int, int], same: bool, length: int, rounds: int) -> None:
+    for keep in (torch.ones(2, length, dtype=torch.bool), kept(length)):
+        buckets = codes(length, rounds=rounds).masked_fill(~keep[:, None, None], 4)
+        options = {"causal": False, "same": same, "apart": True}
+        layout = bucket.Sorted(
+            bucket.packed_order(buckets, keep, 8),
+            buckets,
+            before=8 * reach[0],
+            after=8 * reach[1],
+            unique=True,
+            keep=keep,
+            **options,
+        )
+        times = torch.zeros(2, 2, length, length, dtype=torch.float64)
+        for b, h in ((b, h) for b in range(2) for h in range(2)):
+            row = buckets[b, h]
+            rule = rule_of(options, row)
+            times[b, h] = meetings(chunks(row, keep[b], 8), reach, True, row, rule)
+        check(layout, times.clamp(max=1), keep, length)
+
+
 @pytest.mark.parametrize("length", [7, 8, 9, 33])
-@pytest.mark.parametrize("same", [False, True])
 @pytest.mark.parametrize("reach", [(0, 0), (1, 0), (1, 1), (0, 2)])
-def test_unique_counts_a_pair_once_on_a_ring(
-    reach: tuple[int, int], same: bool, length: int, masked: bool
-) -> None:
-    keep = kept(length) if masked else torch.ones(2, length, dtype=torch.bool)
-    buckets = codes(length, rounds=3).masked_fill(~keep[:, None, None], 4)
-    options = {"causal": False, "same": same, "apart": True}
-    layout = bucket.Sorted(
-        bucket.packed_order(buckets, keep, 8),
-        buckets,
-        before=8 * reach[0],
-        after=8 * reach[1],
-        unique=True,
-        keep=keep,
-        **options,
-    )
-    times = torch.zeros(2, 2, length, length, dtype=torch.float64)
-    for b, h in ((b, h) for b in range(2) for h in range(2)):
-        row = buckets[b, h]
-        times[b, h] = meetings(chunks(row, keep[b], 8), reach, True, row, rule_of(options, row))
-    check(layout, times.clamp(max=1), keep, length)
+def test_unique_counts_a_pair_once_on_a_ring(reach: tuple[int, int], length: int) -> None:
+    on_a_ring(reach, True, length, 3)
+
+
+@pytest.mark.xfail(reason="_meetings does not look round the ring: with as many chunks as it "
+    "looks at, it meets one twice")
+@pytest.mark.parametrize("length", [9, 16])
+def test_unique_counts_a_pair_once_on_a_short_ring(length: int) -> None:
+    on_a_ring((1, 1), True, length, 1)
+
+
+@pytest.mark.xfail(reason="_meetings counts neither pairs across rounds nor round the ring")
+@pytest.mark.parametrize("reach", [(1, 0), (1, 1), (0, 2)])
+def test_unique_counts_a_pair_once_across_rounds(reach: tuple[int, int]) -> None:
+    on_a_ring(reach, False, 33, 3)
 
 
 @pytest.mark.parametrize("same", [False, True])
@@ -361,3 +375,11 @@ def test_keys_that_are_not_the_queries_are_refused() -> None:
     bucket.check_shared("x", q, q.view_as(q))
     with pytest.raises(LongspanError, match="x uses its queries as keys"):
         bucket.check_shared("x", q, k)
+
+
+@pytest.mark.xfail(reason="hash_angles leaves autocast on, and so hashes in bfloat16")
+def test_autocast_moves_no_token_to_another_bucket() -> None:
+    x, directions = normal(2, 2, 900, 8).float(), normal(2, 4, 8, 8).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = bucket.hash_angles(x, directions, (16,))
+    assert torch.equal(inside, bucket.hash_angles(x, directions, (16,)))

@@ -20,7 +20,7 @@ from longspan.nn import Block, FeedForward, MultiHead
 HEADS, WIDTH = 3, 4
 MODEL = HEADS * WIDTH
 # transformers computes the softmax in float32, whatever came in.
-THEIRS = {"rtol": 1e-4, "atol": 1e-6}
+THEIRS: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-6}
 NAMES = {"q": "query", "k": "key", "v": "value"} | {
     f"{short}_global": f"{long}_global"
     for short, long in (("q", "query"), ("k", "key"), ("v", "value"))

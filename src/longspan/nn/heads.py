@@ -117,16 +117,17 @@ class MultiHead(Mixer):
 
         q, v = heads("q", x), heads("v", source)
         seen = x.new_zeros(x.shape[0], dtype=torch.long) if state is None else state.seen
-        rotates = self.position is not None and "rotate" in self.position.acts
-        if attention.shared:
-            q = k = self._rotate(q, seen, 0) if rotates else q
-        else:
-            k = heads("k", source)
-            if rotates:
-                # Causally the last query meets the last key; otherwise both start at 0.
-                offset = source.shape[1] - x.shape[1] if attention.causal else 0
-                q = self._rotate(q, seen, offset)
-                k = self._rotate(k, seen, 0)
+        k = q if attention.shared else heads("k", source)
+        if self.position is not None and "rotate" in self.position.acts:
+            # Kept tokens count: left padding moves no position, which only differences forgive.
+            here = torch.arange(source.shape[1], device=x.device).expand(source.shape[:2])
+            here = seen[:, None] + (here if keep is None else (keep.cumsum(1) - 1).clamp(min=0))
+            # Causally the last query meets the last key; a cross-attention starts both at 0.
+            of_queries = here[:, here.shape[1] - x.shape[1] :]
+            if context is not None and not attention.causal:
+                of_queries = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+            q = self.position.rotate(q, of_queries)
+            k = q if attention.shared else self.position.rotate(k, here)
         hooks: dict[str, Any] = {} if marks is None else {"marks": marks}
         for name, origin in attention.extra.items():
             hooks[name] = heads(name, x if origin == "q" else source)
@@ -140,9 +141,5 @@ class MultiHead(Mixer):
             y = y.masked_fill(~keep[..., None], 0)
         if carried is None:
             return y, None
-        return y, MultiHeadState(carried, seen + source.shape[1])
-
-    def _rotate(self, x: Tensor, seen: Tensor, offset: int) -> Tensor:
-        assert self.position is not None
-        pos = seen[:, None] + offset + torch.arange(x.shape[2], device=x.device)
-        return self.position.rotate(x, pos)
+        new = source.shape[1] if keep is None else keep.sum(1)
+        return y, MultiHeadState(carried, seen + new)
