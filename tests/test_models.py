@@ -92,6 +92,7 @@ POSITIONS = ("rope", "learned-position", "alibi", None)
 STEPPING = [
     *({"position": p} for p in POSITIONS),
     {"mixers": ["linear-transformer"], "position": "sinusoidal-position"},
+    {"mixers": ["linear-transformer"], "position": "rope"},
     {"mixers": ["multi-head-attention", "linear-transformer"], "kv_heads": 1, "position": None},
     {"norm": "rms", "norm_order": "post", "gated": True, "activation": "silu"},
     {"tie_word_embeddings": False},

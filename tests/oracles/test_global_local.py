@@ -1,6 +1,6 @@
 """Longformer against its formula written out, and against transformers' Longformer and LED."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -60,8 +60,8 @@ def softmax(scores: Tensor, seen: Tensor) -> Tensor:
 
 
 def written_out(
-    local: tuple[Tensor, Tensor, Tensor],
-    wide: tuple[Tensor, Tensor, Tensor],
+    local: Sequence[Tensor],
+    wide: Sequence[Tensor],
     *,
     windows: list[int],
     dilations: list[int],
@@ -103,8 +103,8 @@ def test_each_row_sees_the_union_of_window_and_hubs(length, windows, dilations, 
     if not causal:
         marks[0, length // 2 :: 3] = marks[1, :1] = True
     want = written_out(
-        tuple(inputs[:3]),
-        tuple(inputs[-3:]),
+        inputs[:3],
+        inputs[-3:],
         windows=windows,
         dilations=dilations,
         causal=causal,
@@ -120,9 +120,9 @@ def test_each_row_sees_the_union_of_window_and_hubs(length, windows, dilations, 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_window_over_everything_is_dense(causal):
-    inputs = [random(2, HEADS, 19, WIDTH, seed=s) for s in range(3)]
-    out, _ = longspan.build("longformer", causal=causal, window=38)(*inputs)
-    want = F.scaled_dot_product_attention(*inputs, is_causal=causal)
+    inputs = q, k, v = [random(2, HEADS, 19, WIDTH, seed=s) for s in range(3)]
+    out, _ = longspan.build("longformer", causal=causal, window=38)(q, k, v)
+    want = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     assert_close(out, want)
     for mine, theirs in zip(gradients(out, inputs), gradients(want, inputs), strict=True):
         assert_close(mine, theirs)
@@ -154,13 +154,17 @@ def test_dilation_is_as_many_interleaved_problems(dilation, causal):
         assert_close(mine, theirs)
 
 
-def longformer_attention(config: dict[str, Any]) -> nn.Module:
-    sizes = {"hidden_size": MODEL, "num_attention_heads": HEADS, "intermediate_size": 8}
+def longformer_attention(config: dict[str, Any]) -> Any:
+    sizes: dict[str, Any] = {
+        "hidden_size": MODEL,
+        "num_attention_heads": HEADS,
+        "intermediate_size": 8,
+    }
     return LongformerSelfAttention(LongformerConfig(**sizes, **config), layer_id=0)
 
 
-def led_attention(config: dict[str, Any]) -> nn.Module:
-    sizes = {"d_model": MODEL, "encoder_attention_heads": HEADS}
+def led_attention(config: dict[str, Any]) -> Any:
+    sizes: dict[str, Any] = {"d_model": MODEL, "encoder_attention_heads": HEADS}
     return LEDEncoderAttention(LEDConfig(**sizes, **config), layer_id=0)
 
 
@@ -171,17 +175,17 @@ def led_attention(config: dict[str, Any]) -> nn.Module:
     ids=["none", "first", "varied"],
 )
 @pytest.mark.parametrize("window", [4, 6, 12])
-def test_as_transformers(build: Callable[[dict[str, Any]], nn.Module], places, window):
+def test_as_transformers(build: Callable[[dict[str, Any]], Any], places, window):
     """Copied weights, other numbers of global tokens in each row, right padding.
 
     In float32: in float64 theirs has NaN gradients where a row has fewer global tokens than others.
     """
     length = 24
-    hf = build({"attention_window": [window]}).double().eval()
+    hf: Any = build({"attention_window": [window]}).double().eval()
     scramble(hf)
     hf.float()
-    ours = MultiHead(longspan.build("longformer", window=window), width=MODEL, heads=HEADS)
-    theirs: Any = hf if isinstance(hf, LongformerSelfAttention) else hf.longformer_self_attn
+    ours: Any = MultiHead(longspan.build("longformer", window=window), width=MODEL, heads=HEADS)
+    theirs: Any = getattr(hf, "longformer_self_attn", hf)
     for mine, name in NAMES.items():
         ours.project[mine].load_state_dict(getattr(theirs, name).state_dict())
     if hf is theirs:
@@ -216,7 +220,7 @@ def test_as_transformers(build: Callable[[dict[str, Any]], nn.Module], places, w
 @pytest.mark.parametrize("length", [16, 21])
 def test_converted_roberta_as_transformers_longformer(length):
     """The whole LongformerModel, with the weights of a converted and further trained RoBERTa."""
-    sizes = {
+    sizes: dict[str, Any] = {
         "vocab_size": 40,
         "hidden_size": MODEL,
         "num_hidden_layers": 2,
@@ -247,8 +251,8 @@ def test_converted_roberta_as_transformers_longformer(length):
     assert_close(out.pooler_output, want.pooler_output, **THEIRS)
 
 
-def attention_of(hf: Any, ours: MultiHead) -> MultiHead:
-    """`ours` with the weights of LED's attention of either kind."""
+def attention_of(hf: Any, ours: Any) -> None:
+    """Give `ours` the weights of LED's attention of either kind."""
     if hasattr(hf, "longformer_self_attn"):
         pairs = {m: getattr(hf.longformer_self_attn, name) for m, name in NAMES.items()}
         output = hf.output
@@ -257,7 +261,6 @@ def attention_of(hf: Any, ours: MultiHead) -> MultiHead:
     for mine, linear in pairs.items():
         ours.project[mine].load_state_dict(linear.state_dict())
     ours.output.load_state_dict(output.state_dict())
-    return ours
 
 
 def block_of(hf: Any, mixer: MultiHead, cross: MultiHead | None) -> Block:

@@ -103,8 +103,8 @@ class SelfAttention(nn.Module):
         if attention_mask is not None and attention_mask.dim() != 2:
             raise LongspanError(
                 f"attention_mask came to longformer as {tuple(attention_mask.shape)}; expected "
-                "one number per row and token, 1 for real tokens and 0 for padding. If the "
-                f"implementation of attention was changed, set_attn_implementation('{PADDING}')."
+                "one number per row and token, 1 for real tokens and 0 for padding. If the kind of "
+                f"attention was changed, set model.config._attn_implementation = '{PADDING}'."
             )
         marks = None if global_attention_mask is None else global_attention_mask.bool()
         y, _state = self.mixer(hidden_states, keep=attention_mask, marks=marks)

@@ -131,7 +131,7 @@ def aligned_order(buckets: Buckets, count: int, block: int) -> Order:
     start, padded = sizes.cumsum(-1) - sizes, roomy.cumsum(-1) - roomy
     slots = padded.gather(-1, ids) + torch.arange(length, device=ids.device) - start.gather(-1, ids)
     slot = torch.empty_like(slots).scatter_(-1, order, slots)
-    size = -(-length // block) * block + count * block
+    size = int(roomy.sum(-1).max()) if roomy.numel() else 0
     turn = torch.arange(buckets.shape[2], device=buckets.device)[:, None]
     return Order(slot + turn * size, size * buckets.shape[2], block)
 
@@ -232,11 +232,8 @@ class _Part:
         (self.count, rounds, self.length), self.total = slot.shape, order.size
         self.row_slots, self.slots = slot, slot.flatten(1)
         device = slot.device
-        # Empty slots hold the token number L, which stands for none.
         where = torch.arange(self.length, device=device).expand(self.count, rounds, -1)
-        self.tokens = self._placed(where, self.length)
-        turn = torch.arange(rounds, device=device)[:, None].expand(self.count, -1, self.length)
-        self.rounds = self._placed(turn, 0)
+        self.tokens = self._placed(where, -1)  # −1 and, among keys, L: no token stands there
         before, after = layout.reach
         near = torch.arange(-before, self.total + after, device=device).expand(self.count, -1)
         if order.ring is None:
@@ -246,10 +243,17 @@ class _Part:
             near = torch.where(near < ring + after, near % ring, near)
             self.outside = near >= self.total
         self.near = near.clamp(0, self.total - 1)  # the slot that each place of the key list shows
-        self.keys = self.tokens.gather(1, self.near).masked_fill(self.outside, self.length)
         self.row_buckets = layout.buckets.flatten(0, 1)[rows]
-        batch = torch.arange(rows.start, rows.stop, device=device) // heads
-        self.keep = None if layout.keep is None else layout.keep[batch]
+        keys = self.tokens.gather(1, self.near)
+        hidden = self.outside | (keys < 0)
+        if layout.keep is not None:
+            batch = torch.arange(rows.start, rows.stop, device=device) // heads
+            hidden |= ~layout.keep[batch].gather(1, keys.clamp(min=0))
+        self.keys = keys.masked_fill(hidden, self.length)
+        # One number for round and bucket: equal only where both are.
+        turn = torch.arange(rounds, device=device)[:, None]
+        codes = self._placed(self.row_buckets * rounds + turn, -1)
+        self.codes, self.key_codes = codes, codes.gather(1, self.near)
 
     def _placed(self, t: Tensor, empty: int) -> Tensor:
         """X R L → X slots."""
@@ -264,8 +268,8 @@ class _Part:
 
     def sort(self, t: Tensor) -> Tensor:
         """X L D → X (R T) D; an empty slot holds zeros."""
-        rows = self._rows(t, self.tokens.clamp(max=self.length - 1))
-        return rows.masked_fill_((self.tokens == self.length)[..., None], 0)
+        rows = self._rows(t, self.tokens.clamp(min=0))
+        return rows.masked_fill_((self.tokens < 0)[..., None], 0)
 
     def sort_keys(self, t: Tensor) -> Tensor:
         """The same with what lies before and after; empty slots hold any token, masked."""
@@ -291,35 +295,33 @@ class _Part:
         layout, order = self.layout, self.layout.order
         size, (before, after) = order.block, layout.reach
         span = before + size + after
-        key_rounds = self.rounds.gather(1, self.near)
+        steps = torch.arange(size, device=self.tokens.device)[:, None] + before
+        steps = steps - torch.arange(span, device=steps.device)
+        band = (steps <= layout.before) & (steps >= -layout.after)
 
         def mask(first: int, last: int) -> Tensor:
-            i = self.tokens[:, first * size : last * size].unflatten(1, (-1, size))[..., None]
-            cut = slice(first * size, (last - 1) * size + span)
-            j = self.keys[:, cut].unfold(1, span, size)[:, :, None]  # X n 1 K
-            seen = (i < self.length) & (j < self.length)
-            if layout.causal:
-                seen &= i >= j
+            queries = slice(first * size, last * size)
+            places = slice(first * size, (last - 1) * size + span)
+
+            def pairs(of_slots: Tensor, of_places: Tensor) -> tuple[Tensor, Tensor]:
+                own = of_slots[:, queries].unflatten(1, (-1, size))[..., None]
+                return own, of_places[:, places].unfold(1, span, size)[:, :, None]
+
+            i, j = pairs(self.tokens, self.keys)  # X n Q 1, X n 1 K
+            if layout.causal:  # empty queries are −1, empty keys L: neither is seen
+                seen = i > j if layout.apart else i >= j
+            else:
+                seen = (i >= 0) & (j < self.length)
+                seen = seen & (i != j) if layout.apart else seen
             if layout.sliding:
-                steps = torch.arange(size, device=i.device)[:, None] + before
-                steps = steps - torch.arange(span, device=i.device)
-                seen &= (steps <= layout.before) & (steps >= -layout.after)
-            if layout.apart:
-                seen &= i != j
-            i, j = i.clamp(max=self.length - 1), j.clamp(max=self.length - 1)
-            if self.keep is not None:
-                seen &= _at(self.keep[:, None], j)
+                seen &= band
             if layout.same:
-                round_i = self.rounds[:, first * size : last * size].unflatten(1, (-1, size))[
-                    ..., None
-                ]
-                round_j = key_rounds[:, cut].unfold(1, span, size)[:, :, None]
-                own = _at(self.row_buckets, i, round_i)
-                seen &= (own == _at(self.row_buckets, j, round_j)) & (round_i == round_j)
-            added = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+                seen &= torch.eq(*pairs(self.codes, self.key_codes))
+            added = torch.where(seen, 0.0, -math.inf).to(dtype)
             if layout.unique:
+                i, j = i.clamp(min=0), j.clamp(max=self.length - 1)
                 added -= self._meetings(i, j).clamp(min=1).to(dtype).log()
-            return added.masked_fill_(~seen, -math.inf)
+            return added
 
         return Blocks(size, before, after, mask)
 
@@ -372,11 +374,9 @@ class Itself(Layout):
         return dscores * k, dscores * q, (weights * do).to(v.dtype)
 
 
-def _at(values: Tensor, token: Tensor, round: Tensor | None = None) -> Tensor:
-    """values (X, R, L) at tokens (X, n, a, b) of the given rounds, or of round 0."""
-    index = token if round is None else token + round * values.shape[2]
-    flat = values.flatten(1)
-    return flat.gather(1, index.flatten(1)).view(index.shape)
+def _at(values: Tensor, token: Tensor) -> Tensor:
+    """values (X, 1, L) at tokens (X, n, a, b)."""
+    return values[:, 0].gather(1, token.flatten(1)).view(token.shape)
 
 
 class Hashed(NamedTuple):

@@ -305,14 +305,12 @@ def explicit(
         scores = scores + bias
     if seen is not None:
         scores = scores.masked_fill(~seen, -math.inf)
-    # A row that sees nothing has logsumexp −inf; subtracting 0 there keeps it free of NaN.
-    top = scores.detach().amax(-1, keepdim=True) if k.shape[2] else scores.new_zeros(1)
-    top = top.masked_fill(top == -math.inf, 0)
-    raised = (scores - top).exp()
-    total = raised.sum(-1, keepdim=True)
-    dead = total == 0
-    weights = raised / total.masked_fill(dead, 1)
-    lse = (total.masked_fill(dead, 1).log() + top).masked_fill(dead, -math.inf)[..., 0]
+    weights = torch.ops.aten._safe_softmax(scores, -1)  # rows that see nothing give 0, not NaN
+    if k.shape[2]:
+        # log Σ exp s = max s − log max softmax(s): no second pass of exponentials.
+        lse = scores.amax(-1) - weights.amax(-1).log().nan_to_num(neginf=0)
+    else:
+        lse = scores.new_full(scores.shape[:3], -math.inf)
     if gate is not None:
         weights = weights * gate
     weights = F.dropout(weights, dropout)

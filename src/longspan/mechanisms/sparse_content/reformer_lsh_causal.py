@@ -73,7 +73,7 @@ class ReformerLSHCausal(Attention):
         self.factors = bucket.factor(buckets)
         self.window, self.rounds, self.unique, self.seed = window, rounds, unique, seed
         # Buckets start at multiples of a block: short ones waste less, long ones compute better.
-        self.block = min(64, max(4, 1 << (window.bit_length() - 1)))
+        self.block = min(16, max(4, 1 << (window.bit_length() - 2)))
 
     def forward(
         self,
