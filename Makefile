@@ -18,7 +18,8 @@ $(STAMP): constraints.txt pyproject.toml
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/longspan compare --data stdlib --length 2048 --budget 30s --out runs/demo
+	$(BIN)/longspan compare --data stdlib --length 2048 --budget 25s --out runs/demo \
+		--mechanisms multi-head-attention,linear-transformer,longformer,reformer-lsh,reformer-lsh-causal,s4,transformer-xl
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal

@@ -17,7 +17,10 @@ START, END = "<!-- mechanisms: made by `make docs` -->", "<!-- end of mechanisms
 
 def table() -> str:
     """The README's table of mechanisms."""
-    rows = ["| id | kind | family | modes | time | state | paper |", "|---|---|---|---|---|---|---|"]
+    rows = [
+        "| id | kind | family | modes | time | state | paper |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for card in cards().values():
         page = f"[`{card.id}`](docs/mechanisms/{card.id}.md)"
         modes = ", ".join(sorted(card.modes))

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ def process(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_listing_needs_neither_torch_nor_time() -> None:
+def test_listing_imports_nothing_heavy() -> None:
     code = (
         "import sys; from longspan.cli import app\n"
         "try: app(['list'])\n"
@@ -34,14 +33,8 @@ def test_listing_needs_neither_torch_nor_time() -> None:
         "heavy = {'torch', 'transformers', 'numpy', 'plotly'} & set(sys.modules)\n"
         "print(sorted(heavy), file=sys.stderr)"
     )
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        seconds.append(time.perf_counter() - start)
-        assert done.stderr.strip() == "[]"
-    # 0.2 s on an idle machine; the limit of 0.5 is asked of CPU time where others run beside it.
-    assert min(seconds) < 2
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.strip() == "[]"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads a child's CPU time")
@@ -158,6 +151,31 @@ def test_check_fails_where_a_law_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     done = call("check", "s4", "longformer")
     assert done.exit_code == 1
     assert done.stdout.count("0.3 apart") == 2
+
+
+def test_compare_ends_with_1_where_no_row_finished(tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes(TEXT)
+    done = call(
+        "compare", "--data", tmp_path / "text", "--length", 64, "--mechanisms", "reformer-lsh",
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert done.exit_code == 1, done.output
+    assert "reformer-lsh-causal" in done.stdout
+    assert (tmp_path / "out/report.html").is_file()
+
+
+def test_compare_says_how_to_go_on_after_ctrl_c(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from longspan.bench import compare
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "run", interrupted)
+    done = call("compare", "--mechanisms", "s4", "--out", tmp_path / "out")
+    assert done.exit_code == 130
+    assert "the same command goes on" in done.stderr
 
 
 def test_bench_measures_beside_dense_attention() -> None:

@@ -400,15 +400,15 @@ def test_pictures_show_causal_weights(id: str, how: str) -> None:
 
 
 def test_flops_are_counted_as_the_formulas_say() -> None:
-    from longspan.bench.speed import count_flops
+    from longspan.testing.counting import flops
 
     q = torch.randn(1, 2, 64, 8)
     attend = torch.nn.functional.scaled_dot_product_attention
     full = 4 * 2 * 64 * 64 * 8
-    assert count_flops(lambda: attend(q, q, q)) == full
-    assert count_flops(lambda: attend(q, q, q, is_causal=True)) == full // 2
+    assert flops(lambda: attend(q, q, q)) == full
+    assert flops(lambda: attend(q, q, q, is_causal=True)) == full // 2
     x = torch.randn(3, 64)
-    assert count_flops(lambda: torch.fft.rfft(x)) == 3 * 2.5 * 64 * 6
+    assert flops(lambda: torch.fft.rfft(x)) == 3 * 2.5 * 64 * 6
 
 
 @pytest.mark.slow

@@ -143,9 +143,7 @@ def build(id: str, **arguments: Any) -> Any:
             )
     missing = [n for n, p in known.items() if p.default is p.empty and n not in arguments]
     if missing:
-        raise LongspanError(
-            f"'{id}' needs {', '.join(missing)}: give what is missing."
-        )
+        raise LongspanError(f"'{id}' needs {', '.join(missing)}: give what is missing.")
     if arguments.get("causal") and "causal" not in card.modes:
         raise LongspanError(
             f"'{id}' has no causal form (modes: {', '.join(sorted(card.modes))}); "

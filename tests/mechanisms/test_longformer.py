@@ -106,12 +106,15 @@ def test_marks_without_any_token_are_no_marks():
     assert_close(attend(q, k, v, marks=none)[0], attend(q, k, v)[0])
 
 
-@pytest.mark.xfail(reason="MultiHead rotates q and k, but not the extra projections of them")
-def test_global_rows_have_positions_too():
-    """With copied projections and a window over all, a rotated model is dense."""
-    parts = {"width": 12, "heads": 3, "position": longspan.build("rope", channels=4)}
-    wide = MultiHead(longspan.build("longformer", window=38, hubs=2), **parts).double()
-    dense = MultiHead(longspan.build("multi-head-attention"), **parts).double()
+@pytest.mark.parametrize("case", ["rotated", "grouped"])
+def test_global_rows_have_positions_and_groups_too(case):
+    """With copied projections and a window over all, a model with rope or fewer keys is dense."""
+    rope = longspan.build("rope", channels=4)
+    parts: dict[str, Any] = {"position": rope} if case == "rotated" else {"kv_heads": 1}
+    wide = longspan.build("longformer", window=38, hubs=2)
+    wide = MultiHead(wide, width=12, heads=3, **parts).double()
+    dense = longspan.build("multi-head-attention")
+    dense = MultiHead(dense, width=12, heads=3, **parts).double()
     dense.load_state_dict({n: t for n, t in wide.state_dict().items() if "_global" not in n})
     x = random(2, 19, 12)
     assert_close(wide(x)[0], dense(x)[0])
@@ -216,7 +219,7 @@ def test_generates_with_padding_and_survives_saving(tmp_path: Path):
 
 
 def test_the_papers_five_phases():
-    """App. A, Table 12: lengths 2,048 … 23,040, lowest window 32 … 512, rate 2.5e-4 … 1.5625e-5."""
+    """App. A: lengths 2,048 … 23,040, lowest window 32 … 512, rate 2.5e-4 … 1.5625e-5."""
     phases = staged(windows=[32, 64, 128])
     assert [p.length for p in phases] == [2048, 4096, 8192, 16384, 23040]
     assert [p.windows[0] for p in phases] == [32, 64, 128, 256, 512]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import TypeCheckError
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BartConfig, BertConfig, GPT2Config
 from transformers.models.bart.modeling_bart import BartAttention
 from transformers.models.bert.modeling_bert import BertSelfAttention
@@ -42,14 +43,14 @@ def attention(**arguments: Any) -> Any:
     return build("multi-head-attention", **arguments)
 
 
-def layer(*, causal: bool = False, **arguments: Any) -> MultiHead:
+def layer(*, causal: bool = False, **arguments: Any) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         inner = attention(causal=causal, backend=arguments.pop("backend", "fused"))
         return MultiHead(inner, width=WIDTH, heads=HEADS, **arguments).double()
 
 
-def copy(layer: MultiHead, weights: dict[str, Tensor]) -> MultiHead:
+def copy(layer: Any, weights: dict[str, Tensor]) -> Any:
     """Weights and biases by name: q, k, v, output."""
     linears: dict[str, Any] = {**layer.project, "output": layer.output}
     with torch.no_grad():
@@ -66,6 +67,11 @@ def perturbed(theirs: nn.Module) -> Any:
         for p in theirs.double().parameters():
             p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) / 2)
     return theirs.eval()
+
+
+def eager(config: Any) -> Any:
+    config._attn_implementation = "eager"
+    return config
 
 
 def same(got: Tensor, want: Tensor, wrt: Any) -> None:
@@ -90,7 +96,7 @@ def triangle(length: int, keys: int) -> Tensor:
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("length", "keys"), [(1, 1), (7, 7), (1, 9), (5, 9)])
 def test_is_torchs_sdpa(length: int, keys: int, causal: bool, backend: str) -> None:
-    """Causally with S > L the last query sees the last key, which needs torch's lower-right mask."""
+    """Causally with S > L the last query sees the last key: torch needs a mask for that."""
     for keep in (None, kept(keys)):
         q, k, v = inputs(length, keys, value=6)
         mask = triangle(length, keys) if causal else torch.ones(length, keys, dtype=torch.bool)
@@ -151,7 +157,7 @@ def test_is_torchs_multihead_with_a_bias_per_head(causal: bool) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_is_bert(backend: str) -> None:
-    config = BertConfig(hidden_size=WIDTH, num_attention_heads=HEADS, attn_implementation="eager")
+    config = eager(BertConfig(hidden_size=WIDTH, num_attention_heads=HEADS))
     theirs = perturbed(BertSelfAttention(config))
     names = {"q": theirs.query, "k": theirs.key, "v": theirs.value}
     weights = {n: t.weight for n, t in names.items()}
@@ -166,7 +172,7 @@ def test_is_bert(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_is_gpt2(backend: str) -> None:
     """Its Conv1D weights are transposed."""
-    config = GPT2Config(n_embd=WIDTH, n_head=HEADS, attn_implementation="eager")
+    config = eager(GPT2Config(n_embd=WIDTH, n_head=HEADS))
     theirs = perturbed(GPT2Attention(config, layer_idx=0))
     weights: dict[str, Tensor] = {"output": theirs.c_proj.weight.T}
     weights["output_bias"] = theirs.c_proj.bias
@@ -186,7 +192,7 @@ def test_is_gpt2(backend: str) -> None:
 
 @pytest.mark.parametrize("cross", [False, True])
 def test_is_bart(cross: bool) -> None:
-    config = BartConfig(attn_implementation="eager")
+    config = eager(BartConfig())
     theirs = perturbed(BartAttention(WIDTH, HEADS, config=config))
     names = {n: getattr(theirs, f"{n}_proj") for n in ("q", "k", "v")} | {"output": theirs.out_proj}
     weights = {n: t.weight for n, t in names.items()}
@@ -266,7 +272,7 @@ def test_a_bounded_backend_never_forms_the_matrix(backend: str) -> None:
     """For 4096 keys, no tensor of L × S scores outlives the call or is made in it."""
     largest = 0
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
             nonlocal largest
             out = func(*args, **(kwargs or {}))
@@ -306,8 +312,10 @@ def test_grouped_heads_equal_copied_ones(kv_heads: int, backend: str) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         inner = attention(causal=True, backend=backend)
-        grouped = MultiHead(inner, width=WIDTH, heads=6, head_width=2, kv_heads=kv_heads).double()
-        full = MultiHead(inner, width=WIDTH, heads=6, head_width=2).double()
+        grouped: Any = MultiHead(
+            inner, width=WIDTH, heads=6, head_width=2, kv_heads=kv_heads
+        ).double()
+        full: Any = MultiHead(inner, width=WIDTH, heads=6, head_width=2).double()
     weights = {**{n: t.weight for n, t in grouped.project.items()}, "output": grouped.output.weight}
     for name in ("k", "v"):
         heads = weights[name].unflatten(0, (kv_heads, 2))
@@ -324,7 +332,7 @@ def test_projections_start_xavier_uniform_block_by_block() -> None:
     """q, k and v are treated as separate E × E blocks; biases are zero."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        ours = MultiHead(attention(), width=96, heads=3)
+        ours: Any = MultiHead(attention(), width=96, heads=3)
     bound = math.sqrt(6 / (96 + 96))
     for linear in (*ours.project.values(), ours.output):
         assert 0.98 * bound < linear.weight.abs().max() <= bound
@@ -424,7 +432,10 @@ def test_online_softmax_over_chunked_keys_is_exact_in_float32() -> None:
     q, k, v = (t.detach().float() for t in inputs(9, 300))
     whole = dense.explicit(q, k, v)[0]
     for size in (1, 7, 128):
-        parts = [dense.explicit(q, a, b)[::2] for a, b in zip(k.split(size, 2), v.split(size, 2), strict=True)]
+        parts = [
+            dense.explicit(q, a, b)[::2]
+            for a, b in zip(k.split(size, 2), v.split(size, 2), strict=True)
+        ]
         assert_close(dense.merge([(o, z) for o, z in parts])[0], whole, atol=1e-5, rtol=1e-5)
 
 

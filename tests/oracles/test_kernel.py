@@ -90,7 +90,7 @@ def test_cross_attention_through_multihead(causal: bool) -> None:
     """The encoder–decoder form; causally the context ends where x does."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        layer = MultiHead(linear(causal=causal), width=12, heads=3).double()
+        layer: Any = MultiHead(linear(causal=causal), width=12, heads=3).double()
     x, context, keep = normal(2, 5, 12), normal(2, 9, 12, seed=1), kept(9)
     q = layer.project["q"](x).unflatten(-1, (3, 4)).transpose(1, 2)
     clean = context.masked_fill(~keep[..., None], 0)

@@ -178,6 +178,17 @@ def test_same_length_gives_every_query_exactly_m_keys(sizes: list[int], memory: 
         assert int(grad[0].any(-1).sum()) == memory
 
 
+def test_same_length_follows_the_memory_of_evaluation() -> None:
+    layer, x = xl(memory=2, memory_eval=5, same_length=True), normal(2, 15, WIDTH)
+    distance = torch.arange(15)[:, None] - torch.arange(15)
+    for training, memory in ((True, 2), (False, 5)):
+        got, _ = in_segments(layer.train(training), x, [4, 1, 10])
+        assert_close(got, written_out(layer, x, (distance >= 0) & (distance < memory)))
+    for wrong in ({"memory": 0}, {"memory": 3, "memory_eval": 0}):
+        with pytest.raises(LongspanError, match="with same_length"):
+            xl(same_length=True, **wrong)
+
+
 @pytest.mark.parametrize("clamp", [0, 2, 5])
 @pytest.mark.parametrize("sizes", [[15], [1] * 15, [4, 4, 7]], ids=str)
 def test_clamp_len_counts_far_distances_as_one(sizes: list[int], clamp: int) -> None:
@@ -224,8 +235,6 @@ def test_the_memory_holds_the_layers_last_inputs_detached() -> None:
     _, (first, second) = run(blocks, x)
     assert torch.equal(first.items, x[:, -4:])  # before its norm
     assert torch.equal(second.items, middle[:, -4:])
-    assert not first.items.requires_grad
-    assert not second.items.requires_grad
     assert state_bytes(first) == 2 * 4 * (WIDTH * 8 + 1)
     _, (later, _) = run(blocks, normal(2, 50, WIDTH), [first, second])
     assert state_bytes(later) == state_bytes(first)
@@ -244,18 +253,24 @@ def test_a_segments_loss_has_no_gradient_in_the_one_before(order: str) -> None:
     assert embed.weight.grad[10:17].any(-1).all()
 
 
+def test_a_memory_is_detached() -> None:
+    """No segment's graph outlives it, and each can be differentiated on its own."""
+    blocks, state = stack(2, memory=9), None
+    for t in range(3):
+        y, state = run(blocks, normal(2, 5, WIDTH, seed=t).requires_grad_(), state)
+        assert not any(queue.items.requires_grad for queue in state)
+        y.sum().backward()
+
+
 def test_gradient_flows_into_the_memory_where_asked() -> None:
     attention = build("multi-head-attention", causal=True)
     mixer = MultiHead(attention, width=WIDTH, heads=HEADS)
-    for gradient in (False, True):
-        layer = randomised(Remember(mixer, memory=5, gradient=gradient))
-        x = normal(2, 5, WIDTH).requires_grad_()
-        _, state = layer(x)
-        assert state.items.requires_grad == gradient
-        if gradient:
-            y, _ = layer(normal(2, 3, WIDTH, seed=1), state)
-            assert torch.autograd.grad(y.sum(), x)[0].any()
-            assert not detach(state).items.requires_grad
+    layer = randomised(Remember(mixer, memory=5, gradient=True))
+    x = normal(2, 5, WIDTH).requires_grad_()
+    _, state = layer(x)
+    y, _ = layer(normal(2, 3, WIDTH, seed=1), state)
+    assert torch.autograd.grad(y.sum(), x)[0].any()
+    assert not detach(state).items.requires_grad
 
 
 def test_memory_differs_in_training_and_evaluation() -> None:
@@ -393,7 +408,8 @@ def test_the_language_model_reads_segments_as_the_whole(sizes: list[int]) -> Non
     model = language_model(memory=15)
     tokens = torch.randint(17, (2, 15), generator=torch.Generator().manual_seed(0))
     whole = model(tokens).logits
-    cache, outs = None, []
+    cache: Any = None
+    outs = []
     for piece in tokens.split(sizes, 1):
         output = model(piece, past_key_values=cache, use_cache=True)
         cache = output.past_key_values

@@ -54,7 +54,9 @@ def hashes(op: Any, q: Tensor) -> Tensor:
     directions = bucket.rotations(q.shape[1], op.rounds, WIDTH, op.factors, generator=generator)
     turned = torch.einsum("bhld,hrdf->bhrlf", q.detach(), directions.to(q.dtype))
     code, base = torch.zeros_like(turned[..., 0], dtype=torch.long), 1
-    for part, factor in zip(turned.split([f // 2 for f in op.factors], -1), op.factors, strict=True):
+    for part, factor in zip(
+        turned.split([f // 2 for f in op.factors], -1), op.factors, strict=True
+    ):
         code = code + base * torch.cat([part, -part], -1).argmax(-1)
         base *= factor
     return code
@@ -66,12 +68,11 @@ def dense(q: Tensor, v: Tensor, times: Tensor | Any, own: float = -1e5) -> Tenso
     return (scores + torch.as_tensor(times, dtype=q.dtype).log()).softmax(-1) @ v
 
 
-def same(got: Tensor, want: Tensor, wrt: Any, **tolerance: float) -> None:
-    tolerance = tolerance or {"atol": 1e-8, "rtol": 1e-7}
-    assert_close(got, want, **tolerance)
+def same(got: Tensor, want: Tensor, wrt: Any) -> None:
+    assert_close(got, want, atol=1e-8, rtol=1e-7)
     toward = normal(*want.shape, seed=9)
     found, wanted = (torch.autograd.grad(t, wrt, toward, retain_graph=True) for t in (got, want))
-    assert_close(found, wanted, **tolerance)
+    assert_close(found, wanted, atol=1e-8, rtol=1e-7)
 
 
 # -- against transformers --------------------------------------------------------------------
@@ -104,7 +105,7 @@ def reformers(
         torch.manual_seed(5)
         drawn = torch.randn(HEADS, WIDTH, rounds, sum(op.factors) // 2, dtype=torch.float64)
     op.directions = lambda q: drawn.transpose(1, 2)  # H R D F
-    layer = MultiHead(op, width=12, heads=HEADS, head_width=WIDTH, biases=False).double()
+    layer: Any = MultiHead(op, width=12, heads=HEADS, head_width=WIDTH, biases=False).double()
     with torch.no_grad():
         layer.project["q"].weight.copy_(theirs.query_key.weight)
         layer.project["v"].weight.copy_(theirs.value.weight)
@@ -117,7 +118,7 @@ def run(theirs: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return theirs(x, attention_mask=mask).hidden_states
 
 
-def heads(layer: MultiHead, x: Tensor) -> tuple[Tensor, Tensor]:
+def heads(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     q, v = (layer.project[n](x).unflatten(-1, (HEADS, WIDTH)).transpose(1, 2) for n in "qv")
     return q, v
 

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from longspan.bench.settings import Settings, Spec
-from longspan.bench.speed import count_flops
 from longspan.models import LongspanConfig, LongspanForCausalLM
 from longspan.nn import state_bytes
 from longspan.registry import options, show
+from longspan.testing.counting import flops
 
 IGNORED = -100
 
@@ -71,10 +71,7 @@ def decoder(
     }
     fields["inner"] = inner or 4 * fields["width"]
     known, remembers = options(spec.id), show(spec.id).kind == "memory"
-    # A memory has positions of its own, which count across segments; the model's would replace
-    # them, where it takes any.
-    own = {"position": None} if remembers and "position" in known else {}
-    mixers = [{"id": spec.id, **own, **spec.arguments}]
+    mixers = [{"id": spec.id, **spec.arguments}]
     model = LongspanForCausalLM(LongspanConfig(mixers=mixers, **fields))
     if not remembers:
         return model
@@ -95,9 +92,9 @@ def training_flops(model: nn.Module, length: int) -> int:
     def run() -> None:
         model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
 
-    flops = count_flops(run)
+    total = flops(run)
     model.zero_grad(set_to_none=True)
-    return flops // length
+    return total // length
 
 
 def carried_bytes(model: nn.Module, length: int) -> int:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from longspan.bench.memory import temporaries
 from longspan.bench.settings import BASELINE, MIXING, Spec
@@ -18,6 +17,7 @@ from longspan.card import Card
 from longspan.errors import LongspanError
 from longspan.nn import Attention, MultiHead
 from longspan.registry import build, options, show
+from longspan.testing.counting import flops
 
 HEADS, HEAD_WIDTH = 4, 64
 LENGTHS = (1024, 4096, 16384)
@@ -71,55 +71,6 @@ def exponent(lengths: Sequence[int], seconds: Sequence[float]) -> float | None:
         return None
     x, y = [math.log(n) for n in lengths], [math.log(s) for s in seconds]
     return statistics.linear_regression(x, y).slope
-
-
-def count_flops(run: Callable[[], object]) -> int:
-    """Floating-point operations of `run`: matrix products, convolutions, attention and FFTs.
-
-    A product of an m×k by a k×n matrix counts 2mkn, causal attention half of full, a real FFT of
-    n points 2.5 n log2 n. Elementwise work is not counted.
-    """
-    with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
-        run()
-    return counter.get_total_flops()
-
-
-def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> int:
-    rows, keys = q.shape[2], k.shape[2]
-    full = 2 * q.shape[0] * q.shape[1] * rows * keys * (q.shape[3] + v.shape[3])
-    return full // 2 if causal and rows == keys else full
-
-
-def _flash_forward(
-    q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = False, **_: Any
-) -> int:
-    return _flash(q, k, v, causal)
-
-
-def _flash_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, sums: Tensor, dropout: float,
-    causal: bool, **_: Any,
-) -> int:  # fmt: skip
-    # Five products of the same size against the forward's two.
-    return _flash(q, k, v, causal) * 5 // 2
-
-
-def _fft(x: Tensor, dims: Sequence[int], *_: Any, out_val: Tensor, **__: Any) -> int:
-    points = math.prod(max(x.shape[d], out_val.shape[d]) for d in dims)
-    rows = x.numel() // math.prod(x.shape[d] for d in dims)
-    complex_both = x.is_complex() and out_val.is_complex()
-    return int((5.0 if complex_both else 2.5) * rows * points * math.log2(max(points, 2)))
-
-
-for _formula in (_flash_forward, _flash_backward, _fft):
-    _formula._get_raw = True  # FlopCounterMode then hands over the tensors, not their shapes
-_FORMULAS = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _flash_forward,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _flash_backward,
-    torch.ops.aten._fft_r2c: _fft,
-    torch.ops.aten._fft_c2r: _fft,
-    torch.ops.aten._fft_c2c: _fft,
-}
 
 
 @dataclass(frozen=True)
@@ -177,7 +128,7 @@ def measure(
                 both.first,
                 alone.ratio,
                 both.ratio,
-                count_flops(forward),
+                flops(forward),
                 memory,
             )
         )

@@ -53,7 +53,8 @@ def hash_angles(
         1, WORKSPACE // max(1, x.shape[0] * directions[..., 0, :].numel() * x.element_size())
     )
     for start in range(0, x.shape[2], step):
-        piece = x[:, :, None, start : start + step] @ directions
+        with torch.autocast(x.device.type, enabled=False):
+            piece = x[:, :, None, start : start + step] @ directions
         base, at, code = 1, 0, torch.zeros_like(piece[..., 0], dtype=torch.long)
         for factor in factors:
             part = piece[..., at : at + factor // 2]
@@ -236,10 +237,12 @@ class _Part:
         self.tokens = self._placed(where, -1)  # −1 and, among keys, L: no token stands there
         before, after = layout.reach
         near = torch.arange(-before, self.total + after, device=device).expand(self.count, -1)
+        self.ring: Tensor | None = None
         if order.ring is None:
             self.outside = (near < 0) | (near >= self.total)
         else:
             ring = order.ring.flatten(0, 1)[rows][:, None]
+            self.ring = ring
             near = torch.where(near < ring + after, near % ring, near)
             self.outside = near >= self.total
         self.near = near.clamp(0, self.total - 1)  # the slot that each place of the key list shows
@@ -326,22 +329,34 @@ class _Part:
         return Blocks(size, before, after, mask)
 
     def _meetings(self, i: Tensor, j: Tensor) -> Tensor:
-        """In how many rounds i sees j."""
+        """How often i sees j, over all places where both stand."""
         layout, size = self.layout, self.layout.order.block
-        total = 0
-        for r in range(self.row_slots.shape[1]):
-            slots, buckets = self.row_slots[:, r : r + 1], self.row_buckets[:, r : r + 1]
-            if layout.sliding:
-                steps = _at(slots, i) - _at(slots, j)
-                met = (steps <= layout.before) & (steps >= -layout.after)
-            else:
-                steps = _at(slots, i) // size - _at(slots, j) // size
-                met = (steps <= layout.before // size) & (steps >= -(layout.after // size))
-            if layout.same:
-                met = met & (_at(buckets, i) == _at(buckets, j))
-            total = total + met
-        assert isinstance(total, Tensor)
+        total = torch.zeros((), dtype=torch.long, device=i.device)
+        rounds = self.row_slots.unbind(1)
+        for r, slots in enumerate(rounds):
+            own = _at(slots, i)
+            for s, others in enumerate(rounds):
+                if layout.same and r != s:
+                    continue
+                met = self._sights(own, _at(others, j), size)
+                if layout.same:
+                    codes = self.row_buckets[:, r]
+                    met = met * (_at(codes, i) == _at(codes, j))
+                total = total + met
         return total
+
+    def _sights(self, i: Tensor, j: Tensor, size: int) -> Tensor:
+        """How often slot j lies within reach of slot i; on a short ring more than once."""
+        before, after = self.layout.before, self.layout.after
+        if self.layout.sliding:
+            steps = i - j
+            return ((steps <= before) & (steps >= -after)).long()
+        steps, before, after = j // size - i // size, before // size, after // size
+        if self.ring is None:
+            return ((steps >= -before) & (steps <= after)).long()
+        # The whole numbers m with −before ≤ steps + m · ring ≤ after.
+        ring = (self.ring // size)[:, :, None, None]
+        return (after - steps) // ring - (-before - 1 - steps) // ring
 
 
 class Itself(Layout):
@@ -375,8 +390,8 @@ class Itself(Layout):
 
 
 def _at(values: Tensor, token: Tensor) -> Tensor:
-    """values (X, 1, L) at tokens (X, n, a, b)."""
-    return values[:, 0].gather(1, token.flatten(1)).view(token.shape)
+    """values (X, L) at tokens (X, n, a, b)."""
+    return values.gather(1, token.flatten(1)).view(token.shape)
 
 
 class Hashed(NamedTuple):

@@ -298,7 +298,8 @@ def explicit(
     """
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     wide = torch.promote_types(q.dtype, torch.float32)
-    scores = einsum(q.to(wide) * factor, k.to(wide), "B H L D, B H S D -> B H L S")
+    with torch.autocast(q.device.type, enabled=False):
+        scores = einsum(q.to(wide) * factor, k.to(wide), "B H L D, B H S D -> B H L S")
     if multiplier is not None:
         scores = scores * multiplier
     if bias is not None:
@@ -314,7 +315,8 @@ def explicit(
     if gate is not None:
         weights = weights * gate
     weights = F.dropout(weights, dropout)
-    o = einsum(weights, v.to(wide), "B H L S, B H S V -> B H L V")
+    with torch.autocast(q.device.type, enabled=False):
+        o = einsum(weights, v.to(wide), "B H L S, B H S V -> B H L V")
     return o.to(q.dtype), weights, lse
 
 

@@ -258,7 +258,7 @@ class Banded(Layout):
                 if isinstance(at_k[1], slice):
                     target += each
                 else:  # a list of heads copies: write back
-                    full = torch.zeros_like(keys)
+                    full = torch.zeros_like(grad[at_k])
                     full[:, :, start:stop] = each.to(full.dtype)
                     grad[at_k] += full
         return dq, dk, dv

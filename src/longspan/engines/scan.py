@@ -91,6 +91,11 @@ class _Outer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor, ...]:
+        with torch.autocast(do.device.type, enabled=False):
+            return _Outer.gradients(ctx, do, dfinal)
+
+    @staticmethod
+    def gradients(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor, ...]:
         *flat, borders = ctx.saved_tensors
         wide = borders.dtype
         do = do.reshape(-1, *do.shape[2:])

@@ -16,7 +16,7 @@ class Queue(NamedTuple):
 
 def empty(like: Float[Tensor, "B L E"]) -> Queue:
     """A queue that holds nothing: it takes no weight, as a zero vector would."""
-    return Queue(like[:, :0], like.new_zeros(like.shape[0], 0, dtype=torch.bool))
+    return Queue(like[:, :0].detach(), like.new_zeros(like.shape[0], 0, dtype=torch.bool))
 
 
 def push(

@@ -118,6 +118,9 @@ class MultiHead(Mixer):
         q, v = heads("q", x), heads("v", source)
         seen = x.new_zeros(x.shape[0], dtype=torch.long) if state is None else state.seen
         k = q if attention.shared else heads("k", source)
+        hooks: dict[str, Any] = {} if marks is None else {"marks": marks}
+        for name, origin in attention.extra.items():
+            hooks[name] = heads(name, x if origin == "q" else source)
         if self.position is not None and "rotate" in self.position.acts:
             # Kept tokens count: left padding moves no position, which only differences forgive.
             here = torch.arange(source.shape[1], device=x.device).expand(source.shape[:2])
@@ -128,11 +131,16 @@ class MultiHead(Mixer):
                 of_queries = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
             q = self.position.rotate(q, of_queries)
             k = q if attention.shared else self.position.rotate(k, here)
-        hooks: dict[str, Any] = {} if marks is None else {"marks": marks}
-        for name, origin in attention.extra.items():
-            hooks[name] = heads(name, x if origin == "q" else source)
+            for name, origin in attention.extra.items():
+                if origin != "v":
+                    at = of_queries if origin == "q" else here
+                    hooks[name] = self.position.rotate(hooks[name], at)
         if not attention.grouped and self.kv_heads != self.heads:
-            k, v = (t.repeat_interleave(self.heads // t.shape[1], dim=1) for t in (k, v))
+            copies = self.heads // self.kv_heads
+            k, v = (t.repeat_interleave(copies, dim=1) for t in (k, v))
+            for name, origin in attention.extra.items():
+                if origin != "q":
+                    hooks[name] = hooks[name].repeat_interleave(copies, dim=1)
         if self.position is not None and "bias" in self.position.acts:
             hooks["bias"] = self.position.bias
         o, carried = attention(q, k, v, state and state.attention, keep=keep, **hooks)

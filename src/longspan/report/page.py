@@ -370,8 +370,8 @@ def _settings(comparison: Comparison) -> str:
             for value in (
                 d.get("name"),
                 d.get("source"),
-                _bytes(d, "train_bytes", "to train on"),
-                _bytes(d, "valid_bytes", "held out"),
+                _bytes(d.get("bytes"), "train", "to train on"),
+                _bytes(d.get("bytes"), "valid", "held out"),
             )
             if value
         )
@@ -422,8 +422,8 @@ def _settings(comparison: Comparison) -> str:
     return f'<h2>Settings and provenance</h2><dl class="settings">{items}</dl>'
 
 
-def _bytes(data: Mapping[str, Any], name: str, what: str) -> str:
-    value = summary.number(data.get(name))
+def _bytes(splits: Any, name: str, what: str) -> str:
+    value = summary.number(splits.get(name)) if isinstance(splits, Mapping) else None
     return "" if value is None else f"{summary.size(value)} {what}"
 
 

@@ -5,21 +5,26 @@ import math
 from torch import Tensor
 
 from longspan.card import Card
+from longspan.errors import LongspanError
 from longspan.nn import MultiHead, Position, Remember
 from longspan.registry import build, mechanism
 
 
 class Within(Position):
-    """Another position's bias, and −inf from `reach` tokens back on (`same_length`)."""
+    """Another position's bias, and −inf from `reach` tokens back on (`same_length`).
+
+    Args:
+        reach, reach_eval: in training and in evaluation.
+    """
 
     acts = frozenset({"bias"})
 
-    def __init__(self, position: Position, reach: int) -> None:
+    def __init__(self, position: Position, reach: int, reach_eval: int) -> None:
         super().__init__()
-        self.position, self.reach = position, reach
+        self.position, self.reach, self.reach_eval = position, reach, reach_eval
 
     def bias(self, q: Tensor, k: Tensor, pos_q: Tensor, pos_k: Tensor) -> Tensor:
-        far = pos_q[:, None] - pos_k >= self.reach
+        far = pos_q[:, None] - pos_k >= (self.reach if self.training else self.reach_eval)
         return self.position.bias(q, k, pos_q, pos_k).masked_fill(far, -math.inf)
 
 
@@ -64,6 +69,9 @@ def transformer_xl(
         clamp_len: distances beyond it count as it.
         relative: a relative position shared with other layers; by default one of its own (untied
             u and v).
+
+    Raises:
+        LongspanError: a negative memory, or none with same_length.
     """
     position: Position = relative or build(
         "transformer-xl-relative-position",
@@ -73,7 +81,13 @@ def transformer_xl(
         clamp_len=clamp_len,
     )
     if same_length:
-        position = Within(position, memory)
+        reaches = memory, memory if memory_eval is None else memory_eval
+        if min(reaches) < 1:
+            raise LongspanError(
+                f"transformer-xl got memory={memory}, memory_eval={memory_eval} with same_length, "
+                "under which a query sees as many keys: give 1 or more."
+            )
+        position = Within(position, *reaches)
     attention = build("multi-head-attention", causal=True, backend="tiled", dropout=dropout)
     mixer = MultiHead(
         attention,

@@ -73,7 +73,7 @@ class ReformerLSHCausal(Attention):
         self.factors = bucket.factor(buckets)
         self.window, self.rounds, self.unique, self.seed = window, rounds, unique, seed
         # Buckets start at multiples of a block: short ones waste less, long ones compute better.
-        self.block = min(16, max(4, 1 << (window.bit_length() - 2)))
+        self.block = min(16, max(4, 1 << max(window.bit_length() - 2, 0)))
 
     def forward(
         self,

@@ -49,9 +49,7 @@ def chunked(module, q: Tensor, k: Tensor, v: Tensor, *, keep: Tensor | None) -> 
             for r in range(rounds):
                 order = sorted(range(length), key=lambda i: (int(hashes[b, h, r, i]), i))
                 order = [i for i in order if kept[b, i]] or [0]
-                ring += [
-                    order[at : at + module.chunk] for at in range(0, len(order), module.chunk)
-                ]
+                ring += [order[at : at + module.chunk] for at in range(0, len(order), module.chunk)]
             for c, members in enumerate(ring):
                 for off in range(-module.before, module.after + 1):
                     for i in members:
