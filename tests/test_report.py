@@ -292,6 +292,7 @@ def test_the_exponent_is_fitted_to_the_longer_half() -> None:
     assert str(found) == "L^2.00 (R² 1.000, 4 points)"
     assert str(fit(points[-2:])) == "L^2.00 (2 points only)"
     assert fit(points[:1]) is None
+    assert fit([(1.0, 5.0), (2.0, 9.0), (4.0, 2.0), (8.0, 6.0), (16.0, 5.5)]) is None  # noise
 
 
 def test_seeds_are_averaged_and_reruns_replace() -> None:

@@ -41,6 +41,9 @@ def entries(record: object, *path: str) -> list[Mapping[str, Any]]:
     return [e for e in found if isinstance(e, Mapping)] if isinstance(found, list) else []
 
 
+STRAIGHT = 0.9
+
+
 @dataclass(frozen=True)
 class Fit:
     """seconds ∝ length^exponent over the longer half of the lengths."""
@@ -55,7 +58,10 @@ class Fit:
 
 
 def fit(series: Series) -> Fit | None:
-    """Least squares of log y on log x over the longer half of the points, at least two."""
+    """Least squares of log y on log x over the longer half of the points, at least two.
+
+    None too where the points lie on no line (R² below `STRAIGHT`): noise has no exponent.
+    """
     positive = [(math.log(x), math.log(y)) for x, y in sorted(series) if x > 0 and y > 0]
     half = positive[min(len(positive) // 2, max(len(positive) - 2, 0)) :]
     if len(half) < 2 or half[0][0] == half[-1][0]:
@@ -64,7 +70,7 @@ def fit(series: Series) -> Fit | None:
     slope, _ = statistics.linear_regression(xs, ys)
     constant = max(ys) - min(ys) < 1e-12
     r2 = 1.0 if constant else statistics.correlation(xs, ys) ** 2
-    return Fit(slope, r2, len(half))
+    return Fit(slope, r2, len(half)) if r2 >= STRAIGHT else None
 
 
 @dataclass(frozen=True)
