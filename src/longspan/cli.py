@@ -355,14 +355,18 @@ def bench(
     lengths: Annotated[str, typer.Option(help="Separated by commas.")] = "1024,4096,16384",
     threads: Annotated[int, typer.Option(min=1, help="With one, CPU time is measured.")] = 1,
     seconds: Annotated[float, typer.Option(help="Spent on each pair of runs.")] = 1.0,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     as_json: AsJson = False,
 ) -> None:
     """Measure the cost of bare mechanisms (B 1, H 4, D 64) beside dense attention.
 
     Below 1, a ratio is faster than dense attention. FLOPs are of the forward pass, memory is what
-    forward and backward add at their peak.
+    forward and backward add at their peak. Roof is the least time that the FLOPs need, at the rate
+    a large matrix product reaches here (or the bytes, at a large copy's), over the time taken.
     """
     sizes = _lengths(lengths)
+    if dtype not in ("float32", "bfloat16"):
+        raise LongspanError(f"--dtype is '{dtype}'; expected float32 or bfloat16.")
     chosen = choose(mechanisms)
     import time
 
@@ -372,13 +376,17 @@ def bench(
 
     torch.set_num_threads(threads)
     clock = time.process_time if threads == 1 else time.perf_counter
+    kind = getattr(torch, dtype)
+    best = speed.ceilings(kind, clock=clock)
     costs: list[Cost] = []
     failures: list[dict[str, str]] = []
     for spec in chosen:
         if not as_json:
             typer.echo(spec.id, err=True)
         try:
-            costs += speed.measure(spec, lengths=sizes, seconds=seconds, clock=clock)
+            costs += speed.measure(
+                spec, lengths=sizes, seconds=seconds, dtype=kind, best=best, clock=clock
+            )
         except (LongspanError, RuntimeError) as error:
             failures.append({"id": spec.id, "reason": str(error)})
     if as_json:
@@ -404,7 +412,10 @@ def _lengths(text: str) -> list[int]:
 
 
 def _costs(costs: list["Cost"]) -> Table:
-    headers = ("length", "forward ms", "× dense", "training ms", "× dense ", "GFLOP", "MiB", "L^")
+    headers = (
+        *("length", "forward ms", "× dense", "roof", "training ms", "× dense ", "roof "),
+        *("GFLOP", "MiB", "L^"),
+    )
     table = _table("id", *headers, right=headers)
     for cost in costs:
         table.add_row(
@@ -412,8 +423,10 @@ def _costs(costs: list["Cost"]) -> Table:
             f"{cost.length:,}",
             f"{cost.forward * 1e3:.2f}",
             f"{cost.forward_ratio:.3f}",
+            f"{cost.roofline:.2f}",
             f"{cost.training * 1e3:.2f}",
             f"{cost.training_ratio:.3f}",
+            f"{cost.training_roofline:.2f}",
             f"{cost.flops / 1e9:.2f}",
             "–" if cost.memory is None else f"{cost.memory / 2**20:.1f}",
             "–" if cost.exponent is None else f"{cost.exponent:.2f}",

@@ -74,8 +74,46 @@ def exponent(lengths: Sequence[int], seconds: Sequence[float]) -> float | None:
 
 
 @dataclass(frozen=True)
+class Ceilings:
+    """What this process reaches at best: FLOPs a second in a large product, bytes in a copy."""
+
+    flops: float
+    bytes: float
+
+    def least(self, flops: int, moved: int) -> float:
+        """Seconds that so many FLOPs or bytes need at least, whichever is more."""
+        return max(flops / self.flops, moved / self.bytes)
+
+
+def ceilings(
+    dtype: torch.dtype = torch.float32, *, clock: Callable[[], float] = time.process_time
+) -> Ceilings:
+    """Measure both ceilings, the best of five runs each."""
+    size, room = 2048, 16 * 2**20
+    a, b = torch.randn(2, size, size).to(dtype).unbind()
+    product, source = torch.empty_like(a), torch.randn(room)
+    target = torch.empty_like(source)
+
+    def best(run: Callable[[], object]) -> float:
+        seconds = []
+        for _ in range(5):
+            start = clock()
+            run()
+            seconds.append(max(clock() - start, 1e-9))
+        return min(seconds)
+
+    multiply = best(lambda: torch.mm(a, b, out=product))
+    copy = best(lambda: target.copy_(source))
+    return Ceilings(2 * size**3 / multiply, 2 * 4 * room / copy)
+
+
+@dataclass(frozen=True)
 class Cost:
-    """One mechanism at one length; the ratios are to dense attention, below 1 is faster."""
+    """One mechanism at one length; the ratios are to dense attention, below 1 is faster.
+
+    `roofline` is the least time that the counted FLOPs, and inputs and outputs read and written
+    once, need at this process's ceilings, over the time taken.
+    """
 
     id: str
     length: int
@@ -84,6 +122,10 @@ class Cost:
     forward_ratio: float
     training_ratio: float
     flops: int
+    training_flops: int
+    moved: int
+    roofline: float
+    training_roofline: float
     memory: int | None
     exponent: float | None = None
 
@@ -94,13 +136,16 @@ def measure(
     lengths: Sequence[int] = LENGTHS,
     seconds: float = 1.0,
     patience: float = 10.0,
+    dtype: torch.dtype = torch.float32,
+    best: Ceilings | None = None,
     clock: Callable[[], float] = time.process_time,
 ) -> list[Cost]:
     """Cost of a bare mechanism, B 1, H 4, D 64, causal where it can be, at rising lengths.
 
     An attention is measured beside `scaled_dot_product_attention`; a mixer, which has its own
     projections, beside softmax attention with its projections. Each pair of runs takes about
-    `seconds`. Lengths at which one run would outlast `patience` seconds are left out.
+    `seconds`. Lengths at which one run would outlast `patience` seconds are left out. `best` are
+    this process's ceilings, measured now where they are not given.
 
     Raises:
         LongspanError: the mechanism mixes no sequence, or needs arguments that are not given.
@@ -111,15 +156,22 @@ def measure(
             f"'{spec.id}' is of kind {card.kind}, which has no cost of its own: "
             f"bench takes the kinds {', '.join(MIXING)}."
         )
+    best = best or ceilings(dtype, clock=clock)
     costs: list[Cost] = []
     for length in sorted(lengths):
         if costs and costs[-1].training * (length / costs[-1].length) ** 2 > patience:
             break
-        forward, training, dense_forward, dense_training = _runs(card, length, spec.arguments)
+        forward, training, dense_forward, dense_training = _runs(
+            card, length, spec.arguments, dtype
+        )
         # First of all, while the allocator has kept nothing of this size.
         memory = temporaries(training)
         alone = paired(forward, dense_forward, seconds=seconds, clock=clock)
         both = paired(training, dense_training, seconds=seconds, clock=clock)
+        counted, trained = flops(forward), flops(training)
+        # q, k, v and o, or x and y; training reads them again and writes their gradients.
+        moved = (4 if card.kind == "attention" else 2) * length * HEADS * HEAD_WIDTH
+        moved *= dtype.itemsize
         costs.append(
             Cost(
                 spec.id,
@@ -128,7 +180,11 @@ def measure(
                 both.first,
                 alone.ratio,
                 both.ratio,
-                flops(forward),
+                counted,
+                trained,
+                moved,
+                best.least(counted, moved) / alone.first,
+                best.least(trained, 3 * moved) / both.first,
                 memory,
             )
         )
@@ -139,7 +195,9 @@ def measure(
 Run = Callable[[], object]
 
 
-def _runs(card: Card, length: int, arguments: dict[str, Any]) -> tuple[Run, Run, Run, Run]:
+def _runs(
+    card: Card, length: int, arguments: dict[str, Any], dtype: torch.dtype
+) -> tuple[Run, Run, Run, Run]:
     generator = torch.Generator().manual_seed(0)
     causal = "causal" in card.modes
     known = options(card.id)
@@ -154,10 +212,10 @@ def _runs(card: Card, length: int, arguments: dict[str, Any]) -> tuple[Run, Run,
         )
         if name in known and (name == "causal" or known[name].default is known[name].empty)
     }
-    built = build(card.id, **{**own, **arguments}).eval()
+    built = build(card.id, **{**own, **arguments}).to(dtype).eval()
     if card.kind == "attention":
         assert isinstance(built, Attention)
-        q, k, v = torch.randn(3, 1, HEADS, length, HEAD_WIDTH, generator=generator).unbind()
+        q, k, v = torch.randn(3, 1, HEADS, length, HEAD_WIDTH, generator=generator).to(dtype)
         more = {name: {"q": q, "k": k, "v": v}[of] for name, of in built.extra.items()}
         inputs = [q, k, v]
 
@@ -168,11 +226,11 @@ def _runs(card: Card, length: int, arguments: dict[str, Any]) -> tuple[Run, Run,
             return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
         return *_both(attend, inputs, built), *_both(dense, inputs)
-    x = torch.randn(1, length, HEADS * HEAD_WIDTH, generator=generator)
+    x = torch.randn(1, length, HEADS * HEAD_WIDTH, generator=generator).to(dtype)
     softmax = build(BASELINE, causal=causal)
-    whole = MultiHead(softmax, width=HEADS * HEAD_WIDTH, heads=HEADS).eval()
+    whole = MultiHead(softmax, width=HEADS * HEAD_WIDTH, heads=HEADS).to(dtype).eval()
     mixer = (
-        MultiHead(built, width=HEADS * HEAD_WIDTH, heads=HEADS).eval()
+        MultiHead(built, width=HEADS * HEAD_WIDTH, heads=HEADS).to(dtype).eval()
         if isinstance(built, Attention)
         else built
     )
@@ -183,16 +241,18 @@ def _both(
     run: Callable[[], Tensor], inputs: list[Tensor], module: torch.nn.Module | None = None
 ) -> tuple[Run, Run]:
     """The forward alone, and with the gradients of inputs and parameters."""
-    learnt = [] if module is None else [p for p in module.parameters() if p.requires_grad]
+    learnt = [] if module is None else list(module.parameters())
 
     def forward() -> object:
         with torch.no_grad():
             return run()
 
-    def training() -> object:
+    def training() -> None:
         for t in inputs:
             t.requires_grad_(True)
+        for t in (*inputs, *learnt):
+            t.grad = None
         o = run()
-        return torch.autograd.grad(o, [*inputs, *learnt], torch.ones_like(o), allow_unused=True)
+        o.backward(torch.ones_like(o))
 
     return forward, training
