@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from longspan.engines import dense, pattern
-from longspan.engines.pattern import Banded, Window
+from longspan.engines.pattern import Banded, Chance, Hubs, Pattern, Stripes, Window, causal
 from longspan.errors import LongspanError
 
 WINDOWS = [
@@ -17,6 +17,8 @@ WINDOWS = [
     (Window(20, 5, 3),),
     (Window(2, 1, 50),),
     (Window(10**4, 10**4),),
+    (Window(5, -1),),
+    (Window(-2, 6, 2),),
     (Window(4), Window(8, 8, 2), Window(4)),
 ]
 SHAPES = [(1, 1), (7, 7), (15, 15), (16, 16), (17, 17), (40, 53), (3, 70), (9, 5), (1, 33)]
@@ -162,9 +164,138 @@ def test_bfloat16_sums_in_float32() -> None:
 
 
 def test_refusals() -> None:
-    for arguments in ({"before": -1}, {"before": 1, "after": -1}, {"before": 1, "dilation": 0}):
+    for arguments in ({"before": -1}, {"before": 1, "after": -2}, {"before": 1, "dilation": 0}):
         with pytest.raises(LongspanError, match="reaches ≥ 0 and a dilation ≥ 1"):
             Window(**arguments)
     q, k, v = inputs(4, 4)
     with pytest.raises(LongspanError, match="2 windows were given for 3 heads"):
         dense.union(q, [(Banded((Window(1), Window(2))), k, v)])
+
+
+FAR = pattern.ALL
+SHAPED: list[Pattern] = [
+    Hubs((0, -1, 3)),
+    Hubs((1, 40), rows=False),
+    Hubs((5,), columns=False) & causal,
+    Stripes(7, 5, 7) & causal,
+    Stripes(8, 6, 9),
+    Window(0).blocks(6) & causal,
+    Window(0).blocks(6),
+    Window(FAR, 0, 5),
+    Window(FAR, FAR, 5),
+    Window(4, -2),
+    Window(-1, 3),
+    Window(4, -1) + Window(FAR, 0, 5),
+    (Window(0).blocks(8) & causal) + (Stripes(8, 6, 8) & Window(FAR, -1).blocks(8)),
+    (Window(1, 1) | Hubs((0, -1)) | Chance(2, Window(1, 1) | Hubs((0, -1)))).blocks(4),
+    (Window(1) | Hubs((0,)) | Chance(1, Window(1) | Hubs((0,)), causal=True)).blocks(4) & causal,
+    pattern.Table(torch.rand(9, 12, generator=torch.Generator().manual_seed(4)) > 0.6).blocks(5),
+    pattern.Prefixed(5, (Window(1, 1) | Hubs((2,))).blocks(4)),
+    pattern.UnlessShort(Window(2, 2), 40),
+    (Window(3, 1) | Window(0, 9, 2)) & (Stripes(5, 0, 2) | causal),
+]
+
+
+def defined(shape: Pattern, length: int, keys: int) -> Tensor:
+    """Pair by pair."""
+    at = torch.arange(keys)
+    return torch.stack([shape.sees(i, at, keys) for i in at[keys - length :]])
+
+
+@pytest.mark.parametrize("block", [(4, 4), (16, 5), (8, 64)])
+@pytest.mark.parametrize("shape", SHAPED, ids=range(len(SHAPED)))
+@pytest.mark.parametrize(("length", "keys"), [(1, 1), (40, 40), (53, 53), (21, 34), (1, 30)])
+def test_a_pattern_is_the_masked_softmax(
+    length: int, keys: int, shape: Pattern, block: tuple[int, int]
+) -> None:
+    """By its own kernel, and by listed blocks; its edges are those of its mask."""
+    seen = defined(shape, length, keys)
+    assert torch.equal(shape.mask(length, keys), seen)
+    assert shape.edges(length, keys, block=block[0]) == int(seen.sum())
+    q, k, v = inputs(length, keys, value=6)
+    layout = [(pattern.Listed(shape, *block), k, v)]
+    each = torch.stack([defined(shape.head(h), length, keys) for h in range(3)])
+    for got, of in (
+        (pattern.attend(q, k, v, shape, block=block), each),
+        (dense.union(q, layout)[0], seen),
+    ):
+        want = masked(q, k, v, of)
+        assert_close(got, want)
+        toward = normal(*want.shape, seed=9)
+        wanted, found = (
+            torch.autograd.grad(t, (q, k, v), toward, materialize_grads=True) for t in (want, got)
+        )
+        assert_close(found, wanted)
+
+
+def masked(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    raised = (q @ k.mT / q.shape[-1] ** 0.5).exp() * seen
+    total = raised.sum(-1, keepdim=True)
+    return raised @ v / total.masked_fill(total == 0, 1)
+
+
+def test_the_kernels_are_those_that_suit() -> None:
+    def kinds(shape: Pattern, length: int = 40) -> list[str]:
+        return [type(layout).__name__ for layout in pattern.layouts(shape, length, 40)]
+
+    assert kinds(causal) == ["Whole"]
+    assert kinds(Window(3)) == kinds(Window(4, -1)) == ["Banded"]
+    assert kinds(Window(FAR, 0, 5)) == kinds(Window(0).blocks(6) & causal) == ["Fold"]
+    assert kinds(Window(FAR, 0, 5), 7) == ["Listed"]
+    assert kinds(Window(4, -1) + Window(FAR, 0, 5)) == ["Banded", "Fold"]
+    assert kinds(Window(1).blocks(4) | Hubs((0,))) == ["Listed"]
+
+
+def test_heads_choose_and_padding_is_packed_away() -> None:
+    """Positions count kept tokens; hidden queries give 0, hidden tokens get no gradient."""
+    shape = pattern.per_head([Window(2, 2), Window(0).blocks(3) | Hubs((-1,))])
+    q, k, v = inputs(30, 30)
+    keep = kept(30)
+    keep[0] = True
+    got = pattern.attend(q, k, v, shape, keep=keep, block=(4, 4))
+    for row in range(2):
+        at = keep[row].nonzero()[:, 0]
+        seen = shape.mask(3, len(at), len(at))
+        alone = masked(q[row][:, at], k[row][:, at], v[row][:, at], seen)
+        assert_close(got[row][:, at], alone)
+        assert not got[row][:, ~keep[row]].any()
+    for grad in torch.autograd.grad(got.square().sum(), (q, k, v)):
+        assert not grad[1][:, ~keep[1]].any()
+        assert grad[1][:, keep[1]].any()
+
+
+def test_listed_pieces_of_the_workspace_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pattern, "WORKSPACE", 1)
+    for shape in SHAPED:
+        q, k, v = inputs(45, 45)
+        seen = torch.stack([shape.head(h).mask(45, 45) for h in range(3)])
+        assert_close(pattern.attend(q, k, v, shape, block=(8, 8)), masked(q, k, v, seen))
+
+
+def test_chance_is_distinct_apart_and_extendable() -> None:
+    near = Window(1, 1) | Hubs((0, -1))
+    for keys in (1, 4, 8, 60, 700):
+        rows = torch.arange(keys)
+        plan = Chance(3, near, seed=5).draw(rows, keys)
+        allowed = ~near.sees(rows[:, None], rows, keys)
+        assert torch.equal((plan >= 0).sum(1), allowed.sum(1).clamp(max=3))
+        hit = torch.zeros_like(allowed, dtype=torch.long)
+        hit.scatter_add_(1, plan.clamp(min=0), (plan >= 0).long())
+        assert not hit[~allowed].any()
+        assert hit.max() <= 1
+    other = Chance(3, near, seed=6).draw(rows, keys)
+    assert not torch.equal(plan, other)
+    assert not torch.equal(plan, Chance(3, near, seed=5, of=1).draw(rows, keys))
+    past = Chance(3, Window(2) | Hubs((0,), rows=False), causal=True)
+    assert torch.equal(past.draw(torch.arange(50), 50), past.draw(torch.arange(50), 700))
+    assert (past.draw(torch.arange(700), 700).amax(1) <= torch.arange(700)).all()
+    counts = torch.bincount(Chance(3, near).draw(torch.arange(1, 1999), 2000).flatten()).double()
+    assert counts[1:-1].mean().item() == pytest.approx(3, rel=0.01)
+    assert counts[1:-1].var().item() == pytest.approx(3, rel=0.15)  # as Poisson's
+
+
+def test_a_sum_has_no_pair_twice() -> None:
+    for shape in SHAPED:
+        if isinstance(shape, pattern.Sum):
+            first, second = shape.parts
+            assert not (first & second).edges(60, 60)

@@ -1,60 +1,16 @@
-"""Fixed sparsity as a value: who may see whom, known before any content is.
-
-A `Window` says which keys a query sees; it gives its boolean mask (for reference and pictures),
-its number of edges (for cost) and, with others head by head, a `Banded` layout to compute with.
-"""
+"""Bands: blocks of queries against overlapping strided views of keys, copied nowhere."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool
 from torch import Tensor
 
+from longspan.engines import pattern
 from longspan.engines.dense import Layout, additive, tile_backward, tile_forward
+from longspan.engines.pattern.values import Window
 from longspan.errors import LongspanError
 from longspan.shapes import Keep
-
-# Bytes of one temporary: larger arrays go back to the kernel at every free and page-fault anew.
-WORKSPACE = 16 * 2**20
-
-
-@dataclass(frozen=True)
-class Window:
-    """Query i sees the keys j = i − t·dilation for −after ≤ t ≤ before.
-
-    Indices are aligned at the end: with S > L keys, query i stands at key i + S − L.
-
-    Raises:
-        LongspanError: a negative reach, a dilation below 1.
-    """
-
-    before: int
-    after: int = 0
-    dilation: int = 1
-
-    def __post_init__(self) -> None:
-        if self.before < 0 or self.after < 0 or self.dilation < 1:
-            raise LongspanError(
-                f"a window sees before={self.before}, after={self.after} tokens at "
-                f"dilation={self.dilation}; expected reaches ≥ 0 and a dilation ≥ 1."
-            )
-
-    def mask(self, queries: int, keys: int) -> Bool[Tensor, "L S"]:
-        """True where query (row) sees key (column)."""
-        rows = torch.arange(keys - queries, keys)[:, None]
-        steps = rows - torch.arange(keys)
-        inside = (steps >= -self.after * self.dilation) & (steps <= self.before * self.dilation)
-        return inside & (steps % self.dilation == 0)
-
-    def edges(self, queries: int, keys: int) -> int:
-        """How many pairs it lets meet, borders exact, without building the mask."""
-        total = 0
-        for t in range(-self.after, self.before + 1):
-            shift = keys - queries - t * self.dilation  # query i meets key i + shift
-            total += max(0, min(queries, keys - shift) - max(0, -shift))
-        return total
 
 
 class Blocks:
@@ -82,7 +38,7 @@ class Blocks:
 
     def _ranges(self, q: Tensor, width: int) -> Iterator[tuple[int, int]]:
         count = q.shape[1] // self.size
-        each = max(1, WORKSPACE // (q.shape[0] * self.span * width * q.element_size()))
+        each = max(1, pattern.WORKSPACE // (q.shape[0] * self.span * width * q.element_size()))
         for first in range(0, count, each):
             yield first, min(first + each, count)
 
@@ -155,7 +111,7 @@ class Banded(Layout):
         for window in dict.fromkeys(windows):
             heads = [h for h, w in enumerate(windows) if w == window]
             size = q.shape[2] * q.shape[3] * q.element_size() // window.dilation
-            together = max(1, 4 * WORKSPACE // max(size, 1))
+            together = max(1, 4 * pattern.WORKSPACE // max(size, 1))
             for start in range(0, len(heads), together):
                 some = heads[start : start + together]
                 if some == list(range(some[0], some[-1] + 1)):
@@ -214,7 +170,7 @@ class Banded(Layout):
             blocks, low = self._blocks(window, at_k, batch, length, keys.shape[2], q)
             rows = _padded(queries, 0, blocks.size)
             reach = low, rows.shape[1] + blocks.span - blocks.size
-            part, sums = blocks.forward(rows, _cut(keys, *reach), _cut(v[at_k], *reach), scale)
+            part, sums = blocks.forward(rows, cut(keys, *reach), cut(v[at_k], *reach), scale)
             shape = queries.shape[:2]
             o[at_q] = part[:, :length].unflatten(0, shape)
             lse[at_q] = sums[:, :length].unflatten(0, shape)
@@ -243,8 +199,8 @@ class Banded(Layout):
             part, *key_parts = blocks.backward(
                 wide[0],
                 wide[1],
-                _cut(keys, *reach),
-                _cut(v[at_k], *reach),
+                cut(keys, *reach),
+                cut(v[at_k], *reach),
                 wide[2],
                 sums,
                 scale,
@@ -273,10 +229,10 @@ def _block(window: Window) -> int:
 def _padded(t: Tensor, low: int, size: int) -> Tensor:
     """Rows flattened, with zeros to a multiple of `size`."""
     length = t.shape[2]
-    return _cut(t, low, -(-length // size) * size)
+    return cut(t, low, -(-length // size) * size)
 
 
-def _cut(t: Tensor, low: int, length: int) -> Tensor:
+def cut(t: Tensor, low: int, length: int) -> Tensor:
     """t[…, low : low + length, :] with zeros outside, rows flattened: X length D, contiguous."""
     start, stop = max(low, 0), min(low + length, t.shape[2])
     inside = t[:, :, start:stop]

@@ -1,0 +1,67 @@
+"""Fixed sparsity: patterns are values, each with its mask, its edges and its kernel.
+
+`values` holds what may be said, `banded`, `listed` and `fold` the ways to compute it, `attending`
+the choice between them, and what a causal form carries.
+"""
+
+# Bytes of one temporary: larger arrays go back to the kernel at every free and page-fault anew.
+WORKSPACE = 16 * 2**20
+
+from longspan.engines.pattern.attending import History, attend, layouts, stream  # noqa: E402
+from longspan.engines.pattern.banded import Banded, Blocks  # noqa: E402
+from longspan.engines.pattern.fold import Fold  # noqa: E402
+from longspan.engines.pattern.listed import Listed  # noqa: E402
+from longspan.engines.pattern.values import (  # noqa: E402
+    ALL,
+    Both,
+    Chance,
+    Coarse,
+    Hubs,
+    Listing,
+    Pattern,
+    PerHead,
+    Prefixed,
+    Stripes,
+    Sum,
+    Table,
+    Union,
+    UnlessShort,
+    Window,
+    causal,
+    everything,
+    listing,
+    per_head,
+    tables,
+)
+
+__all__ = [
+    "ALL",
+    "WORKSPACE",
+    "Banded",
+    "Blocks",
+    "Both",
+    "Chance",
+    "Coarse",
+    "Fold",
+    "History",
+    "Hubs",
+    "Listed",
+    "Listing",
+    "Pattern",
+    "PerHead",
+    "Prefixed",
+    "Stripes",
+    "Sum",
+    "Table",
+    "Union",
+    "UnlessShort",
+    "Window",
+    "attend",
+    "causal",
+    "everything",
+    "layouts",
+    "listing",
+    "per_head",
+    "stream",
+    "tables",
+]

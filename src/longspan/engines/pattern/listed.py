@@ -1,0 +1,219 @@
+"""Any pattern: each block of queries against a gathered list of key blocks."""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longspan.engines import pattern
+from longspan.engines.dense import Layout, additive, tile_backward, tile_forward
+from longspan.engines.pattern.banded import cut
+from longspan.engines.pattern.values import Pattern, listing
+
+
+class _Group(NamedTuple):
+    """Query blocks with about as many key blocks each.
+
+    blocks: n. table: n m, their key blocks. hidden: n m, entries that only fill up, or None.
+    partial: n m, blocks of which only some pairs are seen, or None. wide: all keys are seen.
+    """
+
+    blocks: Tensor
+    table: Tensor
+    hidden: Tensor | None
+    partial: Tensor | None
+    wide: bool
+
+
+@lru_cache(maxsize=64)
+def _groups(shape: Pattern, queries: int, keys: int, rows: int, cols: int) -> tuple[_Group, ...]:
+    found = listing(shape, queries, keys, rows, cols)
+    blocks, counts = found.rows.unique_consecutive(return_counts=True)
+    starts, full = counts.cumsum(0) - counts, found.full
+    # The last key block may be cut short: it is seen whole, once what lies beyond is cut off.
+    all_keys, tail = counts == -(-keys // cols), keys % cols
+    if tail and len(full):
+        low, high = blocks * rows, blocks * rows + rows - 1
+        i = low.clamp(min=keys - queries), high.clamp(max=keys - 1)
+        ends = torch.full_like(blocks, keys - tail), torch.full_like(blocks, keys - 1)
+        last = shape.meets(i, ends, keys)[1].expand(len(blocks))
+        full = full.clone()
+        full[(starts + counts - 1)[all_keys & last]] = True
+    seen = torch.zeros_like(blocks).index_add_(
+        0, torch.arange(len(blocks)).repeat_interleave(counts), full.long()
+    )
+    wide = all_keys & (seen == counts) & (counts > 1)
+    groups = []
+    if wide.any():
+        groups.append(_Group(blocks[wide], blocks.new_zeros(0, 0), None, None, True))
+    order = (~wide).nonzero()[:, 0]
+    order = order[counts[order].argsort(descending=True, stable=True)]
+    while len(order):
+        most = int(counts[order[0]])
+        some = order[: int((counts[order] > 0.8 * most - 1).sum())]
+        order = order[len(some) :]
+        some = some.sort().values
+        entry = torch.arange(most)
+        hidden = entry >= counts[some][:, None]
+        at = (starts[some][:, None] + entry).masked_fill(hidden, 0)
+        partial = ~found.full[at] & ~hidden
+        groups.append(
+            _Group(
+                blocks[some],
+                found.cols[at].masked_fill(hidden, 0),
+                hidden if hidden.any() else None,
+                partial if partial.any() else None,
+                False,
+            )
+        )
+    return tuple(groups)
+
+
+class Listed(Layout):
+    """Blocks of `rows` queries meet the blocks of `cols` keys in which they may see anything.
+
+    Cost and memory follow the listed blocks. Blocks are counted from the first key, so that
+    the same pairs share a block whatever the number of queries.
+    """
+
+    def __init__(self, shape: Pattern, rows: int = 64, cols: int = 64) -> None:
+        self.shape, self.rows, self.cols = shape, rows, cols
+
+    def _chunks(
+        self, q: Tensor, k: Tensor
+    ) -> Iterator[tuple[slice, Tensor, Tensor | None, Tensor | None]]:
+        """(rows of X, query blocks, key blocks n m or None for all, mask or None)."""
+        count, (queries, keys) = q.shape[0] * q.shape[1], (q.shape[2], k.shape[2])
+        groups = _groups(self.shape, queries, keys, self.rows, self.cols)
+        first = (keys - queries) // self.rows
+        width = k.shape[3] * k.element_size()
+        for group in groups:
+            if group.wide:
+                for x in range(count):
+                    yield slice(x, x + 1), group.blocks - first, None, None
+                continue
+            most = group.table.shape[1] * self.cols
+            masked = 0 if group.partial is None else 2 * self.rows * q.element_size()
+            together = max(1, min(count, pattern.WORKSPACE // max(most * width, 1)))
+            each = max(1, pattern.WORKSPACE // max(most * max(together * width, masked), 1))
+            for start in range(0, len(group.blocks), each):
+                part = slice(start, start + each)
+                mask = self._mask(group, part, q, keys)
+                for x in range(0, count, together):
+                    yield (
+                        slice(x, x + together),
+                        group.blocks[part] - first,
+                        group.table[part],
+                        mask,
+                    )
+
+    def _mask(self, group: _Group, part: slice, q: Tensor, keys: int) -> Tensor | None:
+        """(1, n, rows | 1, m · cols), added to the scores."""
+        table = group.table[part]
+        hidden = group.hidden
+        partial = None if group.partial is None else group.partial[part]
+        if partial is not None and not partial.any():
+            partial = None
+        if hidden is not None:
+            hidden = hidden[part] if hidden[part].any() else None
+        if hidden is None and partial is None:
+            return None
+        shown = table >= 0 if hidden is None else ~hidden
+        base = additive(shown, q.dtype)[:, None, :, None]
+        if partial is None:
+            return base.expand(-1, -1, -1, self.cols).flatten(2)[None].to(q.device)
+        mask = base.repeat(1, self.rows, 1, self.cols)
+        n, m = partial.nonzero().unbind(1)
+        i = (group.blocks[part][n] * self.rows)[:, None] + torch.arange(self.rows)
+        j = (table[n, m] * self.cols)[:, None] + torch.arange(self.cols)
+        seen = self.shape.sees(i[:, :, None].clamp(max=keys - 1), j[:, None], keys)
+        mask[n, :, m] = additive(seen & (j < keys)[:, None], q.dtype)
+        return mask.flatten(2)[None].to(q.device)
+
+    def _rows(self, t: Tensor, queries: int, keys: int) -> Tensor:
+        """X, blocks, rows · D, aligned with the blocks of keys."""
+        front = (keys - queries) % self.rows
+        length = -(-(front + queries) // self.rows) * self.rows
+        return cut(t, -front, length).unflatten(1, (-1, self.rows)).flatten(2)
+
+    def _keys(self, t: Tensor) -> Tensor:
+        """X T D with zeros to whole blocks."""
+        return cut(t, 0, -(-t.shape[2] // self.cols) * self.cols)
+
+    def _take(self, t: Tensor, x: slice, at: Tensor, size: int) -> Tensor:
+        """Blocks of t (X, N, size · D) by index (n, m): x n (m size) D."""
+        found = t[x].index_select(1, at.flatten().to(t.device))
+        return found.view(found.shape[0], at.shape[0], at.shape[1] * size, -1)
+
+    def _back(self, t: Tensor, like: Tensor, keys: int) -> Tensor:
+        """X, blocks, rows · D → the shape of the queries."""
+        front = (keys - like.shape[2]) % self.rows
+        rows = t.unflatten(2, (self.rows, -1)).flatten(1, 2)[:, front : front + like.shape[2]]
+        return rows.unflatten(0, like.shape[:2])
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        queries, keys = q.shape[2], k.shape[2]
+        wide = torch.promote_types(q.dtype, torch.float32)
+        if not q.numel() or not keys:
+            return v.new_zeros(*q.shape[:3], v.shape[3]), q.new_full(
+                q.shape[:3], -torch.inf, dtype=wide
+            )
+        rows, key_rows, value_rows = self._rows(q, queries, keys), self._keys(k), self._keys(v)
+        blocks = [t.unflatten(1, (-1, self.cols)).flatten(2) for t in (key_rows, value_rows)]
+        o = v.new_zeros(*rows.shape[:2], self.rows * v.shape[3])
+        lse = rows.new_full((*rows.shape[:2], self.rows), -torch.inf, dtype=wide)
+        for x, at, table, mask in self._chunks(q, k):
+            if table is None:
+                query = self._take(rows, x, at[None], self.rows)
+                key, value = key_rows[x, None, :keys], value_rows[x, None, :keys]
+            else:
+                query = self._take(rows, x, at[:, None], self.rows)
+                key, value = (self._take(t, x, table, self.cols) for t in blocks)
+            part, sums = tile_forward(query, key, value, mask, scale)
+            at = at.to(o.device)
+            o[x].index_copy_(1, at, part.reshape(part.shape[0], len(at), -1))
+            lse[x].index_copy_(1, at, sums.reshape(part.shape[0], len(at), -1))
+        return self._back(o, q, keys), self._back(lse, q, keys)[..., 0]
+
+    def backward(
+        self,
+        do: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        o: Tensor,
+        lse: Tensor,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        queries, keys = q.shape[2], k.shape[2]
+        if not q.numel() or not keys:
+            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        given = [self._rows(t, queries, keys) for t in (do, q, o, lse[..., None])]
+        key_rows, value_rows = self._keys(k), self._keys(v)
+        blocks = [t.unflatten(1, (-1, self.cols)).flatten(2) for t in (key_rows, value_rows)]
+        dq = torch.zeros_like(given[1])
+        grads = torch.zeros_like(key_rows), torch.zeros_like(value_rows)
+        folded = [t.unflatten(1, (-1, self.cols)).flatten(2) for t in grads]
+        for x, at, table, mask in self._chunks(q, k):
+            of = at[None] if table is None else at[:, None]
+            do_, q_, o_, lse_ = (self._take(t, x, of, self.rows) for t in given)
+            if table is None:
+                key, value = key_rows[x, None, :keys], value_rows[x, None, :keys]
+            else:
+                key, value = (self._take(t, x, table, self.cols) for t in blocks)
+            part, *key_parts = tile_backward(
+                do_, q_, key, value, o_, lse_[..., 0].contiguous(), mask, scale
+            )
+            dq[x].index_copy_(1, at.to(dq.device), part.reshape(part.shape[0], len(at), -1))
+            for grad, target, each in zip(grads, folded, key_parts, strict=True):
+                if table is None:
+                    grad[x, :keys] += each[:, 0]
+                else:
+                    each = each.reshape(each.shape[0], table.numel(), -1)
+                    target[x].index_add_(1, table.flatten().to(dq.device), each)
+        dk, dv = (
+            grad[:, :keys].unflatten(0, t.shape[:2]) for grad, t in zip(grads, (k, v), strict=True)
+        )
+        return self._back(dq, q, keys), dk, dv

@@ -1,0 +1,128 @@
+"""Skyformer and kernelized attention (Chen et al., 2021)."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from longspan.card import Card
+from longspan.engines import lowrank
+from longspan.errors import LongspanError
+from longspan.nn import Attention
+from longspan.registry import mechanism
+from longspan.shapes import Keep, Keys, Outputs, Queries, Values
+
+
+@mechanism(
+    Card(
+        id="skyformer",
+        name="Skyformer",
+        kind="attention",
+        family="low-rank",
+        paper="Skyformer: Remodel Self-Attention with Gaussian Kernel and Nyström Method",
+        cite="Chen et al., NeurIPS 2021",
+        link="https://arxiv.org/abs/2111.00035",
+        what="Replaces the softmax by a Gaussian kernel, approximated through a few sampled "
+        "queries and keys.",
+        modes={"bidirectional", "cross"},
+        time="L*M*D + S*M*D",
+        memory="M*D + M*V",
+        tiny={"landmarks": 8},
+    )
+)
+class Skyformer(Attention):
+    """o = κ(q, Z) (κ(Z, Z) + γ I)⁻¹ κ(Z, k) v, κ(x, y) = exp(−|x − y|² / 2√D) (Eqs. 4 and 8).
+
+    Z are M rows sampled from the queries and keys that are kept, half from each, with
+    replacement: the n-th by the n-th number of a fixed draw, so that neither padding nor the rest
+    of the batch changes it. There is no row normalisation. Where there are as many queries as
+    keys, the mask is taken to be of both.
+
+    Args:
+        landmarks: M, even; None for kernelized attention itself, κ(q, k) v, at quadratic cost.
+        ridge: γ. steps: of the iteration for the inverse (Sec. 4.3); None inverts exactly.
+        accumulation: samples summed in each column of the sampling matrix.
+        seed: of the draw. `redraw` draws anew, as the official code does in every forward.
+
+    Raises:
+        LongspanError: a causal form, which sampling rules out; numbers out of range.
+    """
+
+    draws: Tensor
+
+    def __init__(
+        self,
+        *,
+        causal: bool = False,
+        landmarks: int | None = 128,
+        ridge: float = 0.1,
+        steps: int | None = 6,
+        accumulation: int = 1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(causal=causal)
+        if causal:
+            raise LongspanError(
+                "skyformer samples from the whole sequence and has no causal form: use another "
+                'mechanism; longspan.find(mode="causal") lists them.'
+            )
+        count = 2 if landmarks is None else landmarks
+        if count < 2 or count % 2 or ridge < 0 or accumulation < 1 or steps == 0:
+            raise LongspanError(
+                f"skyformer got landmarks={landmarks}, ridge={ridge}, steps={steps}, "
+                f"accumulation={accumulation}: expected an even number of landmarks, ridge >= 0, "
+                "and at least 1 step and sample."
+            )
+        self.landmarks, self.ridge, self.steps = landmarks, ridge, steps
+        draws = torch.empty(2, accumulation, count // 2, dtype=torch.long)
+        self.register_buffer("draws", draws)
+        self.redraw(torch.Generator().manual_seed(seed))
+
+    def redraw(self, generator: torch.Generator) -> None:
+        """Other landmarks from now on."""
+        drawn = torch.randint(1 << 31, self.draws.shape, generator=generator)
+        self.draws.copy_(drawn)
+
+    def forward(
+        self, q: Queries, k: Keys, v: Values, state: None = None, *, keep: Keep | None = None
+    ) -> tuple[Outputs, None]:
+        own = keep if q.shape[2] == k.shape[2] else None
+        if keep is not None:
+            k, v = (t.masked_fill(~keep[:, None, :, None], 0) for t in (k, v))
+        wide = torch.promote_types(q.dtype, torch.float32)
+        with torch.autocast(q.device.type, enabled=False):
+            qs, ks, vs = (t.to(wide) for t in (q, k, v))
+            qs, ks = (t * q.shape[3] ** -0.25 for t in (qs, ks))
+            if self.landmarks is None:
+                return lowrank.gaussian(qs, ks[:, :, None], vs).to(v.dtype), None
+            z = torch.cat(
+                [
+                    self._sampled(t, draws, mask)
+                    for t, draws, mask in zip((qs, ks), self.draws, (own, keep), strict=True)
+                ],
+                3,
+            )
+            slots = self._inverse(z) @ lowrank.gaussian_sums(z, ks, vs)
+            return lowrank.gaussian(qs, z, slots).to(v.dtype), None
+
+    def _sampled(self, x: Tensor, draws: Tensor, keep: Tensor | None) -> Float[Tensor, "B H A M D"]:
+        """Rows of x among its kept ones."""
+        batch, heads, tokens, width = x.shape
+        if keep is None:
+            at = ((draws * tokens) >> 31).flatten().expand(batch, -1)
+        else:
+            order = (~keep).to(torch.uint8).argsort(dim=1, stable=True)
+            at = order.gather(1, (draws.flatten() * keep.sum(1)[:, None]) >> 31)
+        start = torch.arange(batch * heads, device=x.device).view(batch, heads, 1) * tokens
+        rows = x.reshape(-1, width).index_select(0, (start + at[:, None]).flatten())
+        return rows.view(batch, heads, *draws.shape, width)
+
+    def _inverse(self, z: Tensor) -> Float[Tensor, "B H M M"]:
+        """(κ(Z, Z) + γ I)⁻¹, preconditioned by its row sums, the ridge in them."""
+        eye = torch.eye(z.shape[3], dtype=z.dtype, device=z.device)
+        m = lowrank.gaussian(z.flatten(2, 3), z, eye.expand(*z.shape[:2], -1, -1))
+        m = m.unflatten(2, z.shape[2:4]).mean(2) + self.ridge * eye
+        if self.steps is None:
+            return torch.linalg.inv(m)
+        half = m.sum(-1).rsqrt()
+        both = half[..., :, None] * half[..., None, :]
+        return both * lowrank.inverse(both * m, self.steps)
