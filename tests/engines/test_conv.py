@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from longspan.engines import conv
+from longspan.engines.conv import shapes
 
 signal: Any = scipy.signal  # its stubs know less than it does
 MEASURES: Any = ("legs", "legt", "lagt")
@@ -55,7 +56,7 @@ def whole(half: Tensor) -> Tensor:
 def test_diagonal_is_the_recurrence(
     length: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conv, "_BLOCK", block)
+    monkeypatch.setattr(shapes, "BLOCK", block)
     a, v = inside(3, 4), torch.complex(normal(3, 4), normal(3, 4, seed=3))
     u, state, skip = normal(2, length, 3).mT, normal(2, 3, 4, 2, seed=4), normal(3, seed=5)
     inputs = [t.requires_grad_() for t in (u, a, v, state, skip)]
@@ -116,7 +117,7 @@ def test_vandermonde_kernel_is_a_sum_of_powers(length: int) -> None:
 
 @pytest.mark.parametrize(("length", "taps"), [(1, 1), (33, 33), (40, 7), (5, 20)])
 def test_convolve_is_scipys(length: int, taps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conv, "_BLOCK", 100)
+    monkeypatch.setattr(shapes, "BLOCK", 100)
     u, kernel = normal(2, 3, length), normal(3, taps, seed=1)
     expected = signal.fftconvolve(u.numpy(), kernel.numpy()[None], axes=-1)
     for origin in {0, taps // 2, taps - 1}:
@@ -202,7 +203,7 @@ def test_low_rank_kernel_is_the_powers_of_hippo(measure: Any, length: int) -> No
 def test_low_rank_kernel_of_any_rank_and_its_gradient(
     rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conv, "_BLOCK", 20)
+    monkeypatch.setattr(shapes, "BLOCK", 20)
     leaves = [normal(2, 4, 2, seed=s) for s in range(3)] + [normal(2, rank, 4, 2, seed=3)]
     leaves = [t.requires_grad_() for t in (*leaves, normal(2, seed=4))]
 
