@@ -221,7 +221,6 @@ def test_pieces_of_the_workspace_change_nothing(monkeypatch: pytest.MonkeyPatch)
 
     whole, directions = run(), normal(2, 2, 4, 2)
     hashed = bucket.hash_angles(q, directions, (4,))
-    monkeypatch.setattr(bucket, "WORKSPACE", 1)
     monkeypatch.setattr(pattern, "WORKSPACE", 1)
     assert_close(run(), whole)
     assert torch.equal(bucket.hash_angles(q, directions, (4,)), hashed)

@@ -15,9 +15,9 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from longspan.engines import dense
+from longspan.engines import dense, pattern
 from longspan.engines.dense import Layout, merge
-from longspan.engines.pattern import WORKSPACE, Blocks
+from longspan.engines.pattern import Blocks
 from longspan.errors import LongspanError
 from longspan.shapes import Keep
 
@@ -50,12 +50,13 @@ def hash_angles(
     directions = directions.to(x.device, x.dtype)
     found = x.new_empty(*x.shape[:2], directions.shape[1], x.shape[2], dtype=torch.long)
     step = max(
-        1, WORKSPACE // max(1, x.shape[0] * directions[..., 0, :].numel() * x.element_size())
+        1,
+        pattern.WORKSPACE // max(1, x.shape[0] * directions[..., 0, :].numel() * x.element_size()),
     )
     for start in range(0, x.shape[2], step):
         with torch.autocast(x.device.type, enabled=False):
             piece = x[:, :, None, start : start + step] @ directions
-        base, at, code = 1, 0, torch.zeros_like(piece[..., 0], dtype=torch.long)
+        base, at, code = 1, 0, piece.new_zeros(piece.shape[:-1], dtype=torch.long)
         for factor in factors:
             part = piece[..., at : at + factor // 2]
             code += base * torch.cat([part, -part], -1).argmax(-1)
@@ -173,7 +174,7 @@ class Sorted(Layout):
     def _parts(self, q: Tensor) -> Iterator["_Part"]:
         rows = q.shape[0] * q.shape[1]
         each = self.order.size * q.shape[3] * q.element_size()
-        together = max(1, 2 * WORKSPACE // max(each, 1))
+        together = max(1, 2 * pattern.WORKSPACE // max(each, 1))
         for start in range(0, rows, together):
             yield _Part(self, slice(start, min(start + together, rows)), q.shape[1])
 
