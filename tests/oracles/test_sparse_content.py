@@ -507,3 +507,13 @@ def test_later_tokens_move_the_chunks_of_lsh_and_not_of_the_strict_form() -> Non
     for op, moves in ((lsh(causal=True), True), (strict(), False)):
         before, after = (op(t, t, v)[0][:, :, :30] for t in (q, other))
         assert torch.equal(before, after) != moves
+
+
+@pytest.mark.parametrize("id", ["reformer-lsh", "reformer-lsh-causal"])
+def test_rounds_changed_within_a_sequence_are_refused(id: str) -> None:
+    attend = build(id, causal=True, rounds=2, buckets=4)
+    q, v = torch.randn(2, 1, 2, 5, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    _, state = attend(q, q, v)
+    attend.rounds = 3
+    with pytest.raises(LongspanError, match="hashed in 2 rounds"):
+        attend(q, q, v, state)

@@ -7,6 +7,7 @@ from longspan.models.heads import (
     LongspanForMaskedLM,
     LongspanForSequenceClassification,
 )
+from longspan.models.rwkv import RwkvConfig, RwkvForCausalLM, RwkvModel
 from longspan.models.seq2seq import LongspanForSeq2SeqLM
 from longspan.models.stack import LongspanModel, mixer
 
@@ -17,6 +18,9 @@ __all__ = [
     "LongspanForSeq2SeqLM",
     "LongspanForSequenceClassification",
     "LongspanModel",
+    "RwkvConfig",
+    "RwkvForCausalLM",
+    "RwkvModel",
     "mixer",
 ]
 

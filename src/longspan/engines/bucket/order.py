@@ -422,6 +422,11 @@ def grow(
     buckets = hash_angles(unit, directions, factors)
     grown = Hashed(unit.to(q.dtype), v, seen, buckets)
     if table is not None:
+        if table.buckets.shape[2] != buckets.shape[2]:
+            raise LongspanError(
+                f"the state was hashed in {table.buckets.shape[2]} rounds and this call in "
+                f"{buckets.shape[2]}: change rounds only where a sequence begins."
+            )
         pairs = zip(table, grown, (2, 2, 1, 3), strict=True)
         grown = Hashed(*(torch.cat([old, new], axis) for old, new, axis in pairs))
     hidden = ~grown.keep[:, None, None]  # tokens of rows that were reset too
