@@ -174,14 +174,7 @@ class Tiles(Layout):
         return o, lse
 
     def backward(
-        self,
-        do: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        o: Tensor,
-        lse: Tensor,
-        scale: float,
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         for at, mask in self._pieces(q, k):
@@ -247,14 +240,7 @@ class Cells(Layout):
         return self._return(o, self.queries, q.shape[2], 0.0), placed[..., 0]
 
     def backward(
-        self,
-        do: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        o: Tensor,
-        lse: Tensor,
-        scale: float,
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         dq, dk, dv = self._inner(q, k).backward(
             self._gather(do, self.queries),

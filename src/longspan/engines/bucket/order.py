@@ -194,14 +194,7 @@ class Sorted(Layout):
         return o, lse
 
     def backward(
-        self,
-        do: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        o: Tensor,
-        lse: Tensor,
-        scale: float,
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         dq, dk, dv = (t.view(-1, *t.shape[2:]) for t in grads)
@@ -375,14 +368,7 @@ class Itself(Layout):
         return v, self._scores(q, k, scale)
 
     def backward(
-        self,
-        do: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        o: Tensor,
-        lse: Tensor,
-        scale: float,
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         weights = (self._scores(q, k, scale) - lse).exp()[..., None]
         rise = (do * (v - o)).sum(-1, keepdim=True)

@@ -178,14 +178,7 @@ class Listed(Layout):
         return self._back(o, q, keys), self._back(lse, q, keys)[..., 0]
 
     def backward(
-        self,
-        do: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        o: Tensor,
-        lse: Tensor,
-        scale: float,
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         queries, keys = q.shape[2], k.shape[2]
         if not q.numel() or not keys:
