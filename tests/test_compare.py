@@ -283,6 +283,9 @@ def test_mechanisms_are_read() -> None:
     assert chosen == [Spec("s4", {}), Spec("longformer", {"window": 64, "hubs": 0})]
     assert Spec("s4", {}) in choose("family:state-space")
     assert {show(spec.id).kind for spec in choose("all")} <= {"attention", "mixer", "memory"}
+    core = [show(spec.id) for spec in choose("core")]
+    assert all(refusal(card, allow_leaks=False) is None for card in core)
+    assert len({card.family for card in core}) == len(core)
 
 
 @pytest.mark.parametrize(

@@ -224,6 +224,7 @@ def check(
         "longspan compare --length 2048 --budget 40s",
         "longspan compare --data book.txt --mechanisms multi-head-attention,s4 --seeds 3",
         "longspan compare --mechanisms 'multi-head-attention,longformer(window=128)'",
+        "longspan compare --mechanisms core,family:kernel --budget 5m",
     )
 )
 def compare(
@@ -231,9 +232,10 @@ def compare(
     mechanisms: Annotated[
         str,
         typer.Option(
-            help="Ids separated by commas, each with (name=value, …) if need be; family:NAME; all."
+            help="Ids separated by commas, each with (name=value, …) if need be; family:NAME; "
+            "core (one of each approach); all."
         ),
-    ] = "all",
+    ] = "core",
     length: Annotated[int, typer.Option(help="Tokens (bytes) of a window.")] = DEFAULT.length,
     match: Annotated[
         str, typer.Option(help="What is made equal to dense: params, flops, state or time.")

@@ -13,6 +13,15 @@ from longspan.registry import cards, find, show
 
 Match = Literal["params", "flops", "state", "time"]
 BASELINE = "multi-head-attention"
+# One of each way past the bottleneck, and dense attention: minutes, where all take hours.
+CORE = (
+    BASELINE,
+    "linear-transformer",
+    "longformer",
+    "reformer-lsh-causal",
+    "s4",
+    "transformer-xl",
+)
 MIXING = ("attention", "mixer", "memory")
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 
@@ -145,7 +154,7 @@ def _as_dict(arguments: str) -> ast.expr:
 
 
 def choose(text: str) -> list[Spec]:
-    """The mechanisms of `a,b(window=64),c`, `family:NAME` or `all`; each once.
+    """The mechanisms of `a,b(window=64),c`, `family:NAME`, `core` or `all`; each once.
 
     Raises:
         LongspanError: an unknown id or family, arguments that cannot be read, nothing chosen.
@@ -153,7 +162,9 @@ def choose(text: str) -> list[Spec]:
     chosen: list[Spec] = []
     for part in re.split(r",(?![^(]*\))", text):
         part = part.strip()
-        if part == "all":
+        if part == "core":
+            specs = [Spec(id_, {}) for id_ in CORE]
+        elif part == "all":
             specs = [Spec(c.id, {}) for c in cards().values() if c.kind in MIXING]
         elif part.startswith("family:"):
             family = find(family=part.removeprefix("family:"))
