@@ -47,8 +47,6 @@ def test_imports_point_one_way(path: Path) -> None:
     if layer in SERVES_ALL:
         return
     later = {name for name in imports(path) if RANK.get(name, -1) > RANK[layer]}
-    # The bench writes the report at its end; the report reads records, not the bench.
-    later -= {"report"} if layer == "bench" else set()
     assert not later, f"{layer} imports {sorted(later)}, which come after it"
 
 
