@@ -416,22 +416,28 @@ def _lengths(text: str) -> list[int]:
 def _costs(costs: list["Cost"]) -> Table:
     headers = (
         *("length", "forward ms", "× dense", "roof", "training ms", "× dense ", "roof "),
-        *("GFLOP", "MiB", "L^"),
+        *("GFLOP", "MiB", "× dense  ", "L^", "MiB L^"),
     )
     table = _table("id", *headers, right=headers)
+
+    def number(value: float | None, digits: int) -> str:
+        return "–" if value is None else f"{value:.{digits}f}"
+
     for cost in costs:
         table.add_row(
             Text(cost.id),
             f"{cost.length:,}",
             f"{cost.forward * 1e3:.2f}",
-            f"{cost.forward_ratio:.3f}",
+            number(cost.forward_ratio, 3),
             f"{cost.roofline:.2f}",
             f"{cost.training * 1e3:.2f}",
-            f"{cost.training_ratio:.3f}",
+            number(cost.training_ratio, 3),
             f"{cost.training_roofline:.2f}",
             f"{cost.flops / 1e9:.2f}",
             "–" if cost.memory is None else f"{cost.memory / 2**20:.1f}",
-            "–" if cost.exponent is None else f"{cost.exponent:.2f}",
+            number(cost.memory_ratio, 2),
+            number(cost.exponent, 2),
+            number(cost.memory_exponent, 2),
         )
     return table
 

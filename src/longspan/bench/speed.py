@@ -4,8 +4,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from longspan.bench.memory import temporaries
 from longspan.bench.settings import BASELINE, MIXING, Spec
-from longspan.card import Card
 from longspan.errors import LongspanError
 from longspan.nn import Attention, MultiHead
 from longspan.registry import build, options, show
@@ -65,9 +63,23 @@ def paired(
     )
 
 
+def alone(
+    run: Callable[[], object], *, seconds: float, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Median seconds of a run, after one that warms up."""
+    run()
+    taken: list[float] = []
+    end = time.perf_counter() + seconds
+    while not taken or time.perf_counter() < end:
+        start = clock()
+        run()
+        taken.append(max(clock() - start, 1e-9))
+    return statistics.median(taken)
+
+
 def exponent(lengths: Sequence[int], seconds: Sequence[float]) -> float | None:
     """The power of the length that the seconds grow with, by least squares in log-log."""
-    if len(lengths) < 2:
+    if len(set(lengths)) < 2:
         return None
     x, y = [math.log(n) for n in lengths], [math.log(s) for s in seconds]
     return statistics.linear_regression(x, y).slope
@@ -109,25 +121,29 @@ def ceilings(
 
 @dataclass(frozen=True)
 class Cost:
-    """One mechanism at one length; the ratios are to dense attention, below 1 is faster.
+    """One mechanism at one length; the ratios are to dense attention, below 1 is faster or less.
 
     `roofline` is the least time that the counted FLOPs, and inputs and outputs read and written
-    once, need at this process's ceilings, over the time taken.
+    once, need at this process's ceilings, over the time taken. `memory` is what forward and
+    backward add at their peak. Ratios are None where dense attention would outlast patience. The
+    exponents are the powers of the length that training time and memory grow with.
     """
 
     id: str
     length: int
     forward: float
     training: float
-    forward_ratio: float
-    training_ratio: float
+    forward_ratio: float | None
+    training_ratio: float | None
     flops: int
     training_flops: int
     moved: int
     roofline: float
     training_roofline: float
     memory: int | None
+    memory_ratio: float | None
     exponent: float | None = None
+    memory_exponent: float | None = None
 
 
 def measure(
@@ -136,16 +152,18 @@ def measure(
     lengths: Sequence[int] = LENGTHS,
     seconds: float = 1.0,
     patience: float = 10.0,
+    dense_patience: float = 10.0,
     dtype: torch.dtype = torch.float32,
     best: Ceilings | None = None,
     clock: Callable[[], float] = time.process_time,
 ) -> list[Cost]:
-    """Cost of a bare mechanism, B 1, H 4, D 64, causal where it can be, at rising lengths.
+    """Cost of a bare mechanism, B 1, H 4, D 64, at rising lengths; causal where it can be.
 
     An attention is measured beside `scaled_dot_product_attention`; a mixer, which has its own
     projections, beside softmax attention with its projections. Each pair of runs takes about
-    `seconds`. Lengths at which one run would outlast `patience` seconds are left out. `best` are
-    this process's ceilings, measured now where they are not given.
+    `seconds`. Lengths at which one run would outlast `patience` seconds are left out, and dense
+    attention from where it would outlast `dense_patience`. `best` are this process's ceilings,
+    measured now where they are not given.
 
     Raises:
         LongspanError: the mechanism mixes no sequence, or needs arguments that are not given.
@@ -158,53 +176,73 @@ def measure(
         )
     best = best or ceilings(dtype, clock=clock)
     costs: list[Cost] = []
+    dense_seconds = [0.0, 0.0]
     for length in sorted(lengths):
-        if costs and costs[-1].training * (length / costs[-1].length) ** 2 > patience:
+        grown = (length / costs[-1].length) ** 2 if costs else 0.0
+        if costs and costs[-1].training * grown > patience:
             break
-        forward, training, dense_forward, dense_training = _runs(
-            card, length, spec.arguments, dtype
-        )
-        # First of all, while the allocator has kept nothing of this size.
-        memory = temporaries(training)
-        alone = paired(forward, dense_forward, seconds=seconds, clock=clock)
-        both = paired(training, dense_training, seconds=seconds, clock=clock)
+        forward, training, *dense = _runs(spec, length, dtype)
+        memory, memory_ratio = temporaries(training), None
+        ratios: list[float | None] = [None, None]
+        taken = [0.0, 0.0]
+        if dense_seconds[1] * grown <= dense_patience:
+            beside = temporaries(dense[1])
+            memory_ratio = memory / beside if memory and beside else None
+            for i, own in enumerate((forward, training)):
+                pair = paired(own, dense[i], seconds=seconds, clock=clock)
+                taken[i], ratios[i], dense_seconds[i] = pair.first, pair.ratio, pair.second
+        else:
+            dense_seconds = [s * grown for s in dense_seconds]
+            taken = [alone(run, seconds=seconds, clock=clock) for run in (forward, training)]
         counted, trained = flops(forward), flops(training)
         # q, k, v and o, or x and y; training reads them again and writes their gradients.
         moved = (4 if card.kind == "attention" else 2) * length * HEADS * HEAD_WIDTH
         moved *= dtype.itemsize
         costs.append(
             Cost(
-                spec.id,
-                length,
-                alone.first,
-                both.first,
-                alone.ratio,
-                both.ratio,
-                counted,
-                trained,
-                moved,
-                best.least(counted, moved) / alone.first,
-                best.least(trained, 3 * moved) / both.first,
-                memory,
+                id=spec.id,
+                length=length,
+                forward=taken[0],
+                training=taken[1],
+                forward_ratio=ratios[0],
+                training_ratio=ratios[1],
+                flops=counted,
+                training_flops=trained,
+                moved=moved,
+                roofline=best.least(counted, moved) / taken[0],
+                training_roofline=best.least(trained, 3 * moved) / taken[1],
+                memory=memory,
+                memory_ratio=memory_ratio,
             )
         )
-    slope = exponent([c.length for c in costs], [c.forward for c in costs])
-    return [Cost(**{**asdict(cost), "exponent": slope}) for cost in costs]
+    held = [c for c in costs if c.memory]
+    slopes = (
+        exponent([c.length for c in costs], [c.training for c in costs]),
+        exponent([c.length for c in held], [float(c.memory or 0) for c in held]),
+    )
+    return [replace(cost, exponent=slopes[0], memory_exponent=slopes[1]) for cost in costs]
 
 
 Run = Callable[[], object]
 
 
-def _runs(
-    card: Card, length: int, arguments: dict[str, Any], dtype: torch.dtype
-) -> tuple[Run, Run, Run, Run]:
-    generator = torch.Generator().manual_seed(0)
-    causal = "causal" in card.modes
-    known = options(card.id)
+def is_causal(spec: Spec) -> bool:
+    """Whether it is measured causally, and beside causal attention."""
+    return spec.arguments.get("causal", "causal" in show(spec.id).modes)
+
+
+def bare(
+    spec: Spec, length: int, *, batch: int = 1, dtype: torch.dtype = torch.float32
+) -> tuple[torch.nn.Module, list[Tensor], dict[str, Tensor]]:
+    """A mechanism for `length` tokens, H 4, D 64, in eval mode; its inputs, and those by name.
+
+    Attention takes q, k, v (B 4 L 64) and other projections; anything else x (B L 256).
+    """
+    known = options(spec.id)
     own = {
         name: value
         for name, value in (
-            ("causal", causal),
+            ("causal", is_causal(spec)),
             ("width", HEADS * HEAD_WIDTH),
             ("heads", HEADS),
             ("head_width", HEAD_WIDTH),
@@ -212,35 +250,40 @@ def _runs(
         )
         if name in known and (name == "causal" or known[name].default is known[name].empty)
     }
-    built = build(card.id, **{**own, **arguments}).to(dtype).eval()
-    if card.kind == "attention":
-        assert isinstance(built, Attention)
-        q, k, v = torch.randn(3, 1, HEADS, length, HEAD_WIDTH, generator=generator).to(dtype)
+    built = build(spec.id, **{**own, **spec.arguments}).to(dtype).eval()
+    generator = torch.Generator().manual_seed(0)
+    if isinstance(built, Attention):
+        shape = 3, batch, HEADS, length, HEAD_WIDTH
+        q, k, v = torch.randn(shape, generator=generator).to(dtype)
         more = {name: {"q": q, "k": k, "v": v}[of] for name, of in built.extra.items()}
-        inputs = [q, k, v]
+        return built, [q, q if built.shared else k, v], more
+    return (
+        built,
+        [torch.randn(batch, length, HEADS * HEAD_WIDTH, generator=generator).to(dtype)],
+        {},
+    )
 
-        def attend() -> Tensor:
-            return built(q, q if built.shared else k, v, **more)[0]
+
+def _runs(spec: Spec, length: int, dtype: torch.dtype) -> tuple[Run, Run, Run, Run]:
+    built, inputs, more = bare(spec, length, dtype=dtype)
+    causal = is_causal(spec)
+    if show(spec.id).kind == "attention":
+        q, k, v = inputs
 
         def dense() -> Tensor:
             return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
-        return *_both(attend, inputs, built), *_both(dense, inputs)
-    x = torch.randn(1, length, HEADS * HEAD_WIDTH, generator=generator).to(dtype)
+        return *both(lambda: built(q, k, v, **more)[0], inputs, built), *both(dense, inputs)
     softmax = build(BASELINE, causal=causal)
     whole = MultiHead(softmax, width=HEADS * HEAD_WIDTH, heads=HEADS).to(dtype).eval()
-    mixer = (
-        MultiHead(built, width=HEADS * HEAD_WIDTH, heads=HEADS).to(dtype).eval()
-        if isinstance(built, Attention)
-        else built
-    )
-    return *_both(lambda: mixer(x)[0], [x], mixer), *_both(lambda: whole(x)[0], [x], whole)
+    [x] = inputs
+    return *both(lambda: built(x)[0], [x], built), *both(lambda: whole(x)[0], [x], whole)
 
 
-def _both(
+def both(
     run: Callable[[], Tensor], inputs: list[Tensor], module: torch.nn.Module | None = None
 ) -> tuple[Run, Run]:
-    """The forward alone, and with the gradients of inputs and parameters."""
+    """The forward alone, and with the gradients of inputs and parameters, as runs to time."""
     learnt = [] if module is None else list(module.parameters())
 
     def forward() -> object:
