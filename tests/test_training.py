@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from longspan import LongspanError
 from longspan.hub import StateCache
 from longspan.models import LongspanConfig, LongspanForCausalLM, LongspanForMaskedLM
-from longspan.nn import detach, tensors
+from longspan.nn import auxiliary, detach, tensors
 from longspan.training import SegmentTrainer, language_model, parameter_groups, staged
 
 SIZES = {"vocab_size": 32, "width": 24, "layers": 2, "heads": 2, "length": 64}
@@ -227,3 +227,36 @@ def test_stages_double_windows_and_halve_the_rate():
     assert [p.lr for p in phases] == [2.5e-4 / 2**i for i in range(5)]
     with pytest.raises(LongspanError, match="at least one phase"):
         staged(windows=[])
+
+
+class _Adding(torch.nn.Module):
+    """A part that asks for a loss of 0.5 in training."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        if self.training:
+            auxiliary.report(self, "extra", torch.tensor(0.5))
+        return self.inner(*args, **kwargs)
+
+
+def test_losses_of_parts_are_added_and_logged_by_name(tmp_path):
+    trainer = language_model(
+        text(2000), config=LongspanConfig(**SIZES),
+        out=tmp_path, length=32, batch=2, steps=2, log_every=1, cpu=True,
+    )  # fmt: skip
+    model = trainer.model
+    batch = torch.arange(32)[None] % 32
+    alone = model.eval()(batch, labels=batch)
+    for layer in model.model.layers:
+        layer.feed_forward = _Adding(layer.feed_forward)
+    assert model.eval()(batch, labels=batch).auxiliary is None
+    output = model.train()(batch, labels=batch)
+    assert output.auxiliary == {"extra": torch.tensor(1.0)}
+    torch.testing.assert_close(output.loss, alone.loss + 1)
+    half = model(batch, labels=batch, num_items_in_batch=62)  # of twice as many labels
+    torch.testing.assert_close(half.loss, (alone.loss + 1) / 2)
+    trainer.train()
+    assert [entry["extra"] for entry in trainer.state.log_history if "loss" in entry] == [1.0, 1.0]

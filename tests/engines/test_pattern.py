@@ -1,5 +1,7 @@
 """Windows and their banded layout against the boolean mask written out."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -193,6 +195,8 @@ SHAPED: list[Pattern] = [
     pattern.Prefixed(5, (Window(1, 1) | Hubs((2,))).blocks(4)),
     pattern.UnlessShort(Window(2, 2), 40),
     (Window(3, 1) | Window(0, 9, 2)) & (Stripes(5, 0, 2) | causal),
+    pattern.Cells((5, 2, 11)),
+    (Stripes(6, 4, 6, rows=True) | Window(1)) & pattern.Cells((3, 9)).blocks(2),
 ]
 
 
@@ -270,6 +274,105 @@ def test_listed_pieces_of_the_workspace_change_nothing(monkeypatch: pytest.Monke
         q, k, v = inputs(45, 45)
         seen = torch.stack([shape.head(h).mask(45, 45) for h in range(3)])
         assert_close(pattern.attend(q, k, v, shape, block=(8, 8)), masked(q, k, v, seen))
+
+
+BIASES: list[tuple[Any, ...]] = [
+    (2, 3, "L", "S"),
+    (1, 3, "L", "S"),
+    (2, 1, 1, "S"),
+    (1, 1, "L", "S"),
+    (2, 3, 1, "S"),
+]
+
+
+def biased_alike(got: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, full: Tensor) -> None:
+    """`full` is `bias` laid out over B H L S, −inf where nothing is seen."""
+    scores = q @ k.mT / q.shape[-1] ** 0.5 + full
+    raised = scores.exp()
+    total = raised.sum(-1, keepdim=True)
+    want = raised @ v / total.masked_fill(total == 0, 1)
+    assert_close(got, want)
+    toward = normal(*want.shape, seed=9)
+    wrt = [t for t in (q, k, v, bias) if t.is_leaf]
+    found, wanted = (
+        torch.autograd.grad(t, wrt, toward, materialize_grads=True, retain_graph=True)
+        for t in (got, want)
+    )
+    assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("workspace", [None, 1])
+@pytest.mark.parametrize("shape", [*SHAPED[::3], pattern.everything], ids=str)
+def test_a_bias_of_every_pair(
+    shape: Pattern, workspace: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However it broadcasts, −inf among it, in listed blocks of any size."""
+    monkeypatch.setattr(pattern, "WORKSPACE", workspace or pattern.WORKSPACE)
+    for length, keys in ((1, 1), (37, 37), (21, 34), (1, 30)):
+        for sizes in BIASES:
+            q, k, v = inputs(length, keys, value=6)
+            of: dict[Any, int] = {"L": length, "S": keys}
+            bias = normal(*(of.get(n, n) for n in sizes), seed=5)
+            bias = bias.masked_fill(bias > 1.5, -torch.inf).requires_grad_()
+            layout = pattern.ByPair(shape, 4, 8)
+            full = bias.masked_fill(~shape.mask(length, keys), -torch.inf)
+            got = pattern.biased(q, [(layout, k, v, bias)])
+            biased_alike(got, q, k, v, bias, full)
+
+
+@pytest.mark.parametrize("workspace", [None, 1])
+@pytest.mark.parametrize("masked_keys", [False, True])
+@pytest.mark.parametrize(("before", "after"), [(5, 5), (0, 0), (3, 9), (40, 70)])
+def test_a_bias_by_distance(
+    before: int,
+    after: int,
+    masked_keys: bool,
+    workspace: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pattern, "WORKSPACE", workspace or pattern.WORKSPACE)
+    for length in (1, 16, 53):
+        q, k, v = inputs(length, length, value=6)
+        keep = kept(length) if masked_keys else None
+        bias = normal(3, before + 1 + after, seed=5).requires_grad_()
+        step = torch.arange(length) - torch.arange(length)[:, None]
+        full = bias[:, (step + before).clamp(0, before + after)]
+        seen = Window(before, after).mask(length, length)
+        seen = seen if keep is None else seen & keep[:, None, None]
+        layout = pattern.ByDistance(Window(before, after), keep)
+        got = pattern.biased(q, [(layout, k, v, bias)])
+        biased_alike(got, q, k, v, bias, full.masked_fill(~seen, -torch.inf))
+
+
+@pytest.mark.parametrize("workspace", [None, 1])
+def test_a_bias_by_run(workspace: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside other keys in one softmax; rows with fewer runs, and with none."""
+    monkeypatch.setattr(pattern, "WORKSPACE", workspace or pattern.WORKSPACE)
+    for length, size, counts in ((27, 4, (6, 3)), (8, 4, (2, 0)), (5, 1, (5, 1))):
+        q, k, v = inputs(length, length, value=6)
+        most = max(counts)
+        key, value = normal(2, 3, most, 4, seed=6), normal(2, 3, most, 6, seed=7)
+        near, far = normal(3, 3, seed=4).requires_grad_(), normal(3, 2 * most - 1, seed=5)
+        far.requires_grad_()
+        m = torch.arange(most)
+        run = torch.arange(length) // size
+        rows = [
+            far[
+                :, (m - run.clamp(max=max(n - 1, 0))[:, None] + most - 1).clamp(0, 2 * most - 2)
+            ].masked_fill(m >= n, -torch.inf)
+            for n in counts
+        ]
+        step = torch.arange(length) - torch.arange(length)[:, None]
+        band = near[:, (step + 1).clamp(0, 2)].masked_fill(step.abs() > 1, -torch.inf)
+        full = torch.cat([band.expand(2, -1, -1, -1), torch.stack(rows)], 3)
+        parts = [
+            (pattern.ByDistance(Window(1, 1)), k, v, near),
+            (pattern.ByRun(size, counts), key, value, far),
+        ]
+        got = pattern.biased(q, parts)
+        every = torch.cat([k, key], 2), torch.cat([v, value], 2)
+        biased_alike(got, q, *every, far, full)
+        biased_alike(pattern.biased(q, parts), q, *every, near, full)
 
 
 def test_chance_is_distinct_apart_and_extendable() -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from longspan.engines import scan
+from longspan.engines.scan import plan
 
 LENGTHS = [1, 2, 63, 64, 65, 127, 193]
 
@@ -67,15 +68,15 @@ def test_earlier_keys_come_before_all_queries(length: int, keys: int) -> None:
 def test_rows_and_groups_of_chunks_split_anywhere(
     batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scan, "CHUNK", 4)
-    monkeypatch.setattr(scan, "GROUP", 3)
+    monkeypatch.setattr(plan, "CHUNK", 4)
+    monkeypatch.setattr(plan, "GROUP", 3)
     for length in (2, 4, 12, 13, 30):
         check(*inputs(length, length, batch=batch))
 
 
 def test_passes_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scan, "CHUNK", 3)
-    monkeypatch.setattr(scan, "GROUP", 2)
+    monkeypatch.setattr(plan, "CHUNK", 3)
+    monkeypatch.setattr(plan, "GROUP", 2)
     tensors = inputs(8, 8, width=2, value=2, batch=1)
     assert torch.autograd.gradcheck(scan.outer, tuple(tensors))
 
@@ -154,5 +155,5 @@ def test_saved_memory_does_not_hold_a_state_per_token_or_chunk() -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         scan.outer(q, k, v)
-    groups = length // (scan.CHUNK * scan.GROUP)
+    groups = length // (plan.CHUNK * plan.GROUP)
     assert sum(found.values()) == 3 * length * width + groups * width * width

@@ -8,14 +8,15 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from longspan.engines import scan
+from longspan.engines.scan import plan
 
 LENGTHS = [1, 2, 8, 9, 24, 53]
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scan, "CHUNK", 8)
-    monkeypatch.setattr(scan, "GROUP", 3)
+    monkeypatch.setattr(plan, "CHUNK", 8)
+    monkeypatch.setattr(plan, "GROUP", 3)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

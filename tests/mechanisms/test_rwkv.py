@@ -12,6 +12,7 @@ from transformers.models.rwkv.modeling_rwkv import rwkv_linear_attention_cpu
 
 from longspan import build
 from longspan.engines import average
+from longspan.engines.average import chunks
 from longspan.errors import LongspanError
 from longspan.models.rwkv import RwkvConfig, RwkvForCausalLM, from_published
 from longspan.nn import reset, tensors
@@ -36,7 +37,7 @@ def recurrence(k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("length", [1, 2, 33, 1025])
 def test_wkv_is_the_recurrence(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(average, "SEGMENT", 400)
+    monkeypatch.setattr(chunks, "SEGMENT", 400)
     k, v = normal(2, 1, length, 3), normal(2, 1, length, 3, seed=1)
     w, u = normal(1, 3, seed=2).exp(), normal(1, 3, seed=3)
     given = [t.requires_grad_() for t in (k, v, w, u)]

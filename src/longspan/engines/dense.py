@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from longspan.engines import backends
 from longspan.shapes import Keep
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -165,6 +166,8 @@ class Whole(Layout):
             q, k, v, width = _even(q, k, v)
             o, lse = _flash(q, k, v, 0.0, True, scale=scale)
             return o[..., :width], lse
+        if fused := backends.for_device("tiles", q, v):
+            return fused(causal=self.causal, keep=self.keep).forward(q, k, v, scale)
         o = q.new_zeros(*q.shape[:3], v.shape[3])
         lse = _sums(q, q.shape[:3])
         for rows, limit, mask in self._tiles(q, k):
@@ -182,6 +185,9 @@ class Whole(Layout):
             do, o = (F.pad(t, (0, q.shape[3] - widths[1])) for t in (do, o))
             dq, dk, dv = _flash_backward(do, q, k, v, o, lse, 0.0, True, scale=scale)
             return dq[..., : widths[0]], dk[..., : widths[0]], dv[..., : widths[1]]
+        if fused := backends.for_device("tiles", q, v):
+            whole = fused(causal=self.causal, keep=self.keep)
+            return whole.backward(do, q, k, v, o, lse, scale)
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for rows, limit, mask in self._tiles(q, k):
             dq[:, :, rows], k_part, v_part = tile_backward(
@@ -253,7 +259,7 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Joins (o, logsumexp) pairs over disjoint key sets into those of all keys."""
     if len(parts) == 1:
         return parts[0]
-    top = torch.stack([z for _, z in parts]).amax(0)
+    top = torch.stack([z.detach() for _, z in parts]).amax(0)  # cancels: no gradient
     top = top.masked_fill(top == -math.inf, 0)
     shares = [(z - top).exp() for _, z in parts]
     whole = torch.stack(shares).sum(0)

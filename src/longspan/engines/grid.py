@@ -14,13 +14,13 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longspan.engines import dense
 from longspan.engines.dense import additive, tile_backward, tile_forward
-from longspan.engines.pattern import WORKSPACE
+from longspan.engines.pattern import WORKSPACE, History
 from longspan.errors import LongspanError
 from longspan.shapes import Keep
 
@@ -467,3 +467,138 @@ def alone(
         )
         outs.append(o.new_zeros(*q.shape[1:3], v.shape[3]).index_copy(1, at_q, o[0]))
     return torch.stack(outs) if outs else q.new_zeros(*q.shape[:3], v.shape[3])
+
+
+def stream(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    q: Float[Tensor, "B H L D"],
+    k: Float[Tensor, "B H S D"],
+    v: Float[Tensor, "B H S V"],
+    state: History | None,
+    *,
+    keep: Keep | None = None,
+    reach: int | None = None,
+    period: int = 1,
+) -> tuple[Float[Tensor, "B H L V"], History]:
+    """A causal `attend` after what the state holds, places counting kept tokens as in `alone`.
+
+    Args:
+        reach: no query sees a key that far behind it; None where any may be seen.
+        period: `attend` is the same when all places move by so many.
+    """
+    seen = k.new_ones(k.shape[0], k.shape[2], dtype=torch.bool) if keep is None else keep
+    if keep is not None:
+        k, v = (t.masked_fill(~keep[:, None, :, None], 0) for t in (k, v))
+    if state is not None:
+        k, v = (torch.cat(pair, 2) for pair in ((state.k, k), (state.v, v)))
+        seen = torch.cat([state.keep, seen], 1)
+    whole = bool(seen.all())
+    o = attend(q, k, v) if whole else alone(attend, q, k, v, seen)
+    if reach is None or not len(seen):
+        return o, History(k, v, seen)
+    count = seen.sum(1)
+    gone = (count - reach).clamp(min=0) // period * period
+    seen = seen if whole else seen & (seen.cumsum(1) > gone[:, None])
+    start = int(gone.min()) if whole else int((~seen).all(0).cumprod(0).sum())
+    return o, History(k[:, :, start:], v[:, :, start:], seen[:, start:])
+
+
+@dataclass(frozen=True)
+class BlockedRaster:
+    """An order of the cells of a grid: blocks in raster order, and the cells of each likewise.
+
+    The grid has any number of rows; a block at the right border may be narrower. With one row and
+    blocks of one row this is the plain order.
+
+    Raises:
+        LongspanError: blocks without cells; blocks wider than the grid.
+    """
+
+    columns: int
+    block: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        if min(self.block) < 1 or self.block[1] > self.columns:
+            raise LongspanError(
+                f"blocks of {self.block} cells were asked for on {self.columns} columns: give "
+                "(rows, columns) of at least 1, not wider than the grid."
+            )
+
+    @property
+    def band(self) -> int:
+        """Cells of one row of blocks."""
+        return self.block[0] * self.columns
+
+    @property
+    def across(self) -> int:
+        """Blocks side by side."""
+        return -(-self.columns // self.block[1])
+
+    def cells(self, step: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape 2"]:
+        """(row, column) of each step of the order."""
+        height, width = self.block
+        band, rest = step // self.band, step % self.band
+        block, rest = rest // (height * width), rest % (height * width)
+        wide = (self.columns - block * width).clamp(max=width)
+        return torch.stack([band * height + rest // wide, block * width + rest % wide], -1)
+
+    def steps(self, cells: Int[Tensor, "*shape 2"]) -> Int[Tensor, "*shape"]:
+        """The step of each (row, column): the inverse of `cells`."""
+        height, width = self.block
+        row, column = cells.unbind(-1)
+        left = column // width * width
+        wide = (self.columns - left).clamp(max=width)
+        inside = row % height * wide + column - left
+        return row // height * self.band + left * height + inside
+
+    def blocks(self, step: int) -> int:
+        """The block that holds a step."""
+        inside = step % self.band // (self.block[0] * self.block[1])
+        return step // self.band * self.across + inside
+
+    def order(self, cells: int) -> Int[Tensor, "cells"]:
+        """Of a grid of so many cells, the plain raster index of each step.
+
+        Raises:
+            LongspanError: cells that do not fill whole rows of blocks.
+        """
+        if cells % self.band:
+            raise LongspanError(
+                f"{cells} cells do not fill rows of blocks of {self.band}: fill the image up to "
+                f"{-(-cells // self.band) * self.band} cells, or choose lower blocks."
+            )
+        row, column = self.cells(torch.arange(cells)).unbind(-1)
+        return row * self.columns + column
+
+    def gather(self, x: Float[Tensor, "B cells E"]) -> Float[Tensor, "B cells E"]:
+        """From plain raster order into this one."""
+        return x.index_select(1, self.order(x.shape[1]).to(x.device))
+
+    def scatter(self, x: Float[Tensor, "B cells E"]) -> Float[Tensor, "B cells E"]:
+        """From this order back into plain raster order."""
+        return x.index_select(1, self.order(x.shape[1]).argsort().to(x.device))
+
+    def members(
+        self, first: int, last: int, flange: tuple[int, int], keys: int, *, below: bool
+    ) -> tuple[Int[Tensor, "n t"], Int[Tensor, "n T"]]:
+        """Steps in blocks first … last − 1, and in each with `flange` (rows, columns) around it.
+
+        Above, left and right, and with `below` beneath it too; −1 where there is no cell, or none
+        before `keys` steps.
+        """
+        block = torch.arange(first, last)
+        corner = torch.stack([block // self.across, block % self.across], -1)
+        corner = corner * torch.tensor(self.block)
+        (height, width), (high, wide) = self.block, flange
+
+        def box(low: tuple[int, int], high: tuple[int, int]) -> Tensor:
+            inside = torch.cartesian_prod(*map(torch.arange, low, high))
+            cells = corner[:, None] + inside.view(-1, 2)
+            row, column = cells.unbind(-1)
+            steps = self.steps(cells.clamp(min=0))
+            valid = (row >= 0) & (column >= 0) & (column < self.columns) & (steps < keys)
+            return steps.masked_fill(~valid, -1)
+
+        queries = box((0, 0), (height, width))
+        bottom = height + high if below else height
+        return queries, box((-high, -wide), (bottom, width + wide))

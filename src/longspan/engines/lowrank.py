@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from longspan.shapes import Keep, Outputs, Values
+from longspan.shapes import Keep, Keys, Outputs, Queries, Values
 
 # Tokens a block, tokens worked on at once, and what stands for no exponent so far.
 BLOCK, SPAN, LOWEST = 32, 512, -1e30
@@ -74,6 +74,14 @@ def segment_means(
     sums = sums.index_add(0, (start + segment).flatten(), rows)
     sums = sums.view(batch, heads, segments + 1, width)[:, :, :segments]
     return (sums / sizes.clamp(min=1)[:, None, :, None]).to(x.dtype), sizes
+
+
+def pooled(
+    weights: Float[Tensor, "B H S M"], u: Float[Tensor, "B H S D"]
+) -> Float[Tensor, "B H M D"]:
+    """Σ_s weights[s, m] u_s of every slot, in the weights' precision."""
+    with torch.autocast(u.device.type, enabled=False):
+        return weights.mT @ u.to(weights.dtype)
 
 
 def inverse(
@@ -156,7 +164,7 @@ _recomputed: Any = torch.compiler.disable(_checkpointed)
 class Slots(NamedTuple):
     """Averages with exponential weights: Σ exp(w) u and Σ exp(w), both over exp(peak), by slot."""
 
-    sums: tuple[Float[Tensor, "B H M _"], ...]
+    sums: Float[Tensor, "B H M _"]
     weight: Float[Tensor, "B H M"]
     peak: Float[Tensor, "B H M"]
 
@@ -170,31 +178,28 @@ class _Span:
     again and again makes every pair a product of two such factors.
     """
 
-    def __init__(self, write: Tensor, us: tuple[Tensor, ...], state: Slots) -> None:
+    def __init__(self, write: Tensor, u: Tensor, state: Slots) -> None:
         start = torch.where(state.weight > 0, state.peak, LOWEST)[:, :, None]
         self.length = write.shape[2]
         self.block = block = min(BLOCK, 1 << (self.length - 1).bit_length())
         cut = F.pad(write, (0, 0, 0, -self.length % block), value=-math.inf)
         peak = torch.maximum(cut.detach().cummax(2).values, start)
         cut, peak = (t.unflatten(2, (-1, block)) for t in (cut, peak))
-        self.us = tuple(windows(u, block) for u in us)
+        self.u = windows(u, block)
         self.own = (cut - peak).exp()  # B H N C M
         self.halves = [_halves(cut, peak, 1 << level) for level in range(block.bit_length() - 1)]
         ends = torch.cat([start, peak[:, :, :, -1]], 2)  # B H N+1 M
         self.entering = (ends[:, :, :-1, None] - peak).exp()
         leaving = (cut - ends[:, :, 1:, None]).exp()
         fade = (ends[:, :, :-1] - ends[:, :, 1:]).exp()
-        self.before = tuple(
-            _states(leaving.mT @ u, fade[..., None], first)
-            for u, first in zip(self.us, state.sums, strict=True)
-        )
+        sums = _states(leaving.mT @ self.u, fade[..., None], state.sums)
+        self.before = sums[:, :, :-1]
         weights = _states(leaving.sum(3), fade, state.weight)
         total = self._rows(self.own, [left.sum(-2, keepdim=True) for left, _ in self.halves])
         total = total + self.entering * weights[:, :, :-1, None]
-        self.total = total.masked_fill(total == 0, 1)
-        self.after = Slots(
-            tuple(states[:, :, -1] for states in self.before), weights[:, :, -1], ends[:, :, -1]
-        )
+        self.empty = total == 0
+        self.total = total.masked_fill(self.empty, 1)
+        self.after = Slots(sums[:, :, -1], weights[:, :, -1], ends[:, :, -1])
 
     def _rows(self, own: Tensor, sums: list[Tensor]) -> Tensor:
         """Sums over s ≤ t: a token's own, and those of first halves for second halves."""
@@ -204,16 +209,29 @@ class _Span:
             out = torch.cat([first, torch.addcmul(second, right, new)], -2)
         return out.squeeze(3)
 
-    def read(self, r: Tensor, which: int) -> Tensor:
+    def scores(self, q: Tensor) -> Tensor:
+        """q_t · ū_t[m], and −inf where nothing was written: B H L M."""
+        q = windows(q, self.block)
+        products, sums = q @ self.u.mT, []
+        for left, _ in self.halves:
+            size = left.shape[4]
+            cut = products.unflatten(4, (-1, 2 * size)).unflatten(3, (-1, 2 * size))
+            pairs = cut.diagonal(dim1=3, dim2=5).movedim(-1, 3)  # B H N n 2s 2s
+            sums.append(pairs[..., size:, :size] @ left)
+        own = products.diagonal(dim1=3, dim2=4)[..., None] * self.own
+        o = (self._rows(own, sums) + (q @ self.before.mT) * self.entering) / self.total
+        return o.masked_fill(self.empty, -math.inf).flatten(2, 3)[:, :, : self.length]
+
+    def read(self, r: Tensor) -> Tensor:
         """Σ_m r_t[m] ū_t[m]: B H L V."""
-        u, before, r = self.us[which], self.before[which][:, :, :-1], r / self.total
+        r = windows(r, self.block) / self.total
         pairs = (r * self.own).sum(-1)[..., None, None]
         for left, right in self.halves:
             later = r.unflatten(3, (-1, 2, left.shape[4])).select(4, 1) * right
             first, second = pairs.unflatten(3, (-1, 2)).unbind(4)
             above = torch.cat([first, torch.zeros_like(first)], -1)
             pairs = torch.cat([above, torch.cat([later @ left.mT, second], -1)], -2)
-        o = pairs.squeeze(3) @ u + (r * self.entering) @ before
+        o = pairs.squeeze(3) @ self.u + (r * self.entering) @ self.before
         return o.flatten(2, 3)[:, :, : self.length]
 
 
@@ -243,36 +261,40 @@ def read(
     The last query meets the last key. An exponent of −inf writes nothing, and what nothing was
     written to reads 0. At least float32 inside and in the state.
     """
+    o, after = _eager(_Span.read, r, write, v, state)
+    return o.to(v.dtype), after
 
-    def body(span: _Span, r: Tensor) -> Tensor:
-        return span.read(windows(r, span.block), 0)
 
-    return _eager(body, r, write, (v,), state)
+def scores(
+    q: Queries,
+    write: Float[Tensor, "B H S M"],
+    k: Keys,
+    state: Slots | None = None,
+) -> tuple[Float[Tensor, "B H L M"], Slots]:
+    """q_t · k̄_t[m] with the averages of `read`, −inf where nothing was written, and the sums.
+
+    In at least float32: a softmax over the slots, given to `read`, makes an attention of them.
+    """
+    return _eager(_Span.scores, q, write, k, state)
 
 
 def _by_span(
-    body: Callable[[_Span, Tensor], Tensor],
-    q: Tensor,
-    write: Tensor,
-    us: tuple[Tensor, ...],
-    state: Any,
+    body: Callable[[_Span, Tensor], Tensor], q: Tensor, write: Tensor, u: Tensor, state: Any
 ) -> tuple[Tensor, Slots]:
     wide = torch.promote_types(q.dtype, torch.float32)
-    earlier, dtype = write.shape[2] - q.shape[2], us[-1].dtype
+    earlier = write.shape[2] - q.shape[2]
     q = F.pad(q, (0, 0, earlier, 0))
     if state is None:
-        shape = (*write.shape[:2], write.shape[3])
-        none = write.new_zeros(shape, dtype=wide)
-        state = Slots(tuple(u.new_zeros(*shape, u.shape[3], dtype=wide) for u in us), none, none)
+        none = write.new_zeros(*write.shape[:2], write.shape[3], dtype=wide)
+        state = Slots(none[..., None] * u.new_zeros(u.shape[3], dtype=wide), none, none)
 
-    def work(state: Slots, q: Tensor, write: Tensor, *us: Tensor) -> tuple[Tensor, Slots]:
+    def work(state: Slots, q: Tensor, write: Tensor, u: Tensor) -> tuple[Tensor, Slots]:
         with torch.autocast(q.device.type, enabled=False):
-            span = _Span(write.to(wide), tuple(u.to(wide) for u in us), state)
-            return body(span, q.to(wide)).to(dtype), span.after
+            span = _Span(write.to(wide), u.to(wide), state)
+            return body(span, q.to(wide)), span.after
 
     outs: list[Tensor] = []
-    for start in range(0, write.shape[2], SPAN):
-        parts = [t[:, :, start : start + SPAN] for t in (q, write, *us)]
+    for parts in zip(*(t.split(SPAN, 2) for t in (q, write, u)), strict=True):
         # What a span compares is many times its inputs: it is computed again backward.
         o, state = _recomputed(work, state, *parts)
         outs.append(o)

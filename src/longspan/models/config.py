@@ -25,13 +25,22 @@ class LongspanConfig(PreTrainedConfig):
         encoder_mixers, encoder_layers: of the encoder of a sequence-to-sequence model, by default
             those of the decoder.
         position: a mechanism of kind position, likewise; None for none.
+        axes: sizes of a grid that the tokens fill row by row: each axis gets a learned table, and
+            their sum is added to the embeddings, beside a position that rotates or biases.
         length: for the mechanisms and positions that are built for one.
+        sharing: lengths of runs of layers, whose sum is `layers`; the layers of a run mix by the
+            attention weights of its first (LazyFormer). For `multi-head-attention` alone, and not
+            in an encoder with layers or mixers of its own.
+        attention_dropout: of attention weights; `dropout` is of embeddings and residuals.
+        initialisation: `normal` has one deviation, initializer_range; `scaled` has
+            0.125 / √(fan in), and logits that start at 0, so untied (Child et al., 2019, Sec. 6).
         causal: None leaves it to the class of the model; a classifier reads it.
         pooling: of a classifier; by default `last` where causal, else `mean`.
         allow_leaks: let a language model use a mechanism whose causal form can see the future.
 
     Raises:
-        LongspanError: an unknown mechanism, option, norm, activation or pooling.
+        LongspanError: an unknown mechanism, option, norm, activation, initialisation or pooling;
+            runs that do not fit the layers; zero logits that are tied.
 
     >>> LongspanConfig(layers=6, mixers=["linear-transformer", {"id": "longformer", "window": 64}])
     """
@@ -66,8 +75,12 @@ class LongspanConfig(PreTrainedConfig):
     activation: Literal["relu", "gelu", "silu"] = "gelu"
     gated: bool = False
     dropout: float = 0.0
+    attention_dropout: float = 0.0
+    sharing: Sequence[int] | None = None
+    axes: Sequence[int] | None = None
     tie_word_embeddings: bool = True
     length: int = 2048
+    initialisation: Literal["normal", "scaled"] = "normal"
     initializer_range: float = 0.02
     causal: bool | None = None
     pooling: Literal["mean", "first", "last"] | None = None
@@ -88,6 +101,7 @@ class LongspanConfig(PreTrainedConfig):
             ("norm", NORMS),
             ("norm_order", ("pre", "post")),
             ("activation", ACTIVATIONS),
+            ("initialisation", ("normal", "scaled")),
             ("pooling", ("mean", "first", "last", None)),
         ):
             if getattr(self, name) not in known:
@@ -95,10 +109,32 @@ class LongspanConfig(PreTrainedConfig):
                     f"{name} is {getattr(self, name)!r}; expected "
                     f"{', '.join(str(k) for k in known)}."
                 )
+        if self.initialisation == "scaled" and self.tie_word_embeddings:
+            raise LongspanError(
+                "initialisation='scaled' starts the logits at 0, which tied embeddings cannot: "
+                "give tie_word_embeddings=False."
+            )
+        if self.sharing is not None:
+            self._check_sharing(self.sharing)
         super().__post_init__(**kwargs)
 
+    def _check_sharing(self, runs: Sequence[int]) -> None:
+        if sum(runs) != self.layers or min(runs, default=0) < 1:
+            raise LongspanError(
+                f"sharing={list(runs)} does not make {self.layers} layers: give lengths of runs, "
+                "at least 1 each, whose sum is the number of layers."
+            )
+        if ids := sorted({split(spec)[0] for spec in self.mixers} - {"multi-head-attention"}):
+            raise LongspanError(
+                f"{', '.join(ids)} cannot share attention weights with later layers: sharing is "
+                "for mixers=['multi-head-attention']."
+            )
+
     def tiled(self) -> list[Spec]:
-        """The mechanism of each layer: `mixers`, over and over."""
+        """The mechanism of each layer: `mixers`, over and over, or a run for each of `sharing`."""
+        if self.sharing is not None:
+            lazy = [n > 0 for run in self.sharing for n in range(run)]
+            return [{"id": "lazyformer", "lazy": later} for later in lazy]
         return list(islice(cycle(self.mixers), self.layers))
 
     def alone(self, *, causal: bool) -> "LongspanConfig":
@@ -123,6 +159,8 @@ class LongspanConfig(PreTrainedConfig):
         config.is_encoder_decoder = False
         config.causal = which == "decoder"
         if which == "encoder":
+            if self.encoder_mixers or self.encoder_layers not in (None, self.layers):
+                config.sharing = None
             config.mixers = self.encoder_mixers or self.mixers
             config.layers = self.layers if self.encoder_layers is None else self.encoder_layers
         config.encoder_mixers = config.encoder_layers = None

@@ -1,22 +1,26 @@
 """Models with heads: next token, masked token, class of a sequence."""
 
-from typing import Any
+from abc import abstractmethod
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.generation.utils import GenerationMixin
-from transformers.modeling_outputs import (
-    CausalLMOutputWithPast,
-    MaskedLMOutput,
-    SequenceClassifierOutput,
-)
 
 from longspan import hub
 from longspan.errors import LongspanError
 from longspan.models.config import LongspanConfig
-from longspan.models.losses import IGNORED, cross_entropy, shifted
+from longspan.models.losses import (
+    IGNORED,
+    CausalLMOutput,
+    ClassifierOutput,
+    MaskedOutput,
+    cross_entropy,
+    shifted,
+    with_auxiliary,
+)
 from longspan.models.packing import document_starts
 from longspan.models.stack import LongspanModel, initialise, padding, refuse_leaks
 from longspan.nn import norm
@@ -29,10 +33,67 @@ class _Headed(hub.Pretrained):
 
     def _init_weights(self, module: nn.Module) -> None:
         initialise(module, self.config)
+        if self.config.initialisation == "scaled" and module is self.get_output_embeddings():
+            assert isinstance(module, nn.Linear)
+            nn.init.zeros_(module.weight)
 
     @property
     def steps(self) -> bool:
         return self.model.steps
+
+
+class _Scored(_Headed):
+    """A head on the hidden states of whole sequences; the last two methods say which."""
+
+    gives: ClassVar[type[MaskedOutput | ClassifierOutput]]
+
+    @hub.can_return_tuple
+    def forward(
+        self,
+        input_ids: Tokens | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Inputs | None = None,
+        labels: Tensor | None = None,
+        marks: Marks | None = None,
+        documents: Int[Tensor, "..."] | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> Any:
+        """Logits, and the loss where labels are given, with what parts of the model add to it.
+
+        −100 is ignored among tokens' labels.
+
+        Raises:
+            LongspanError: inputs that contradict each other, the mechanisms or the head.
+        """
+        output = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            inputs_embeds,
+            use_cache=False,
+            marks=marks,
+            documents=documents,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+        )
+        x = output.last_hidden_state
+        logits = self._logits(x, padding(attention_mask, x.shape[1]), documents)
+        loss = None if labels is None else self._loss(logits, labels, num_items_in_batch)
+        return self.gives(
+            **with_auxiliary(self, loss, labels, num_items_in_batch),
+            logits=logits,
+            hidden_states=output.hidden_states,
+        )
+
+    @abstractmethod
+    def _logits(self, x: Inputs, keep: Keep | None, documents: Tensor | None) -> Tensor: ...
+
+    @abstractmethod
+    def _loss(self, logits: Tensor, labels: Tensor, items: Tensor | int | None) -> Tensor: ...
 
 
 class LongspanForCausalLM(_Headed, GenerationMixin):
@@ -72,8 +133,10 @@ class LongspanForCausalLM(_Headed, GenerationMixin):
         logits_to_keep: int = 0,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutput:
         """Logits B L vocabulary, the loss where labels are given, and the carried state.
+
+        What parts of the model add to the loss stands in `auxiliary` by name.
 
         Args:
             labels: B L, the inputs themselves; −100 is ignored, and so is with `documents` the
@@ -102,18 +165,19 @@ class LongspanForCausalLM(_Headed, GenerationMixin):
             if documents is not None:
                 labels = labels.masked_fill(document_starts(documents), IGNORED)
             loss = cross_entropy(logits, shifted(labels), num_items_in_batch)
-        return CausalLMOutputWithPast(
-            loss=loss,  # pyright: ignore[reportArgumentType]
+        return CausalLMOutput(
+            **with_auxiliary(self, loss, labels, num_items_in_batch),
             logits=logits,
             past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
         )
 
 
-class LongspanForMaskedLM(_Headed):
+class LongspanForMaskedLM(_Scored):
     """A bidirectional encoder with a masked-token head: linear, gelu, norm, tied embedding, bias
     (Devlin et al., 2019)."""
 
+    gives = MaskedOutput
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: LongspanConfig) -> None:
@@ -126,47 +190,22 @@ class LongspanForMaskedLM(_Headed):
         self.lm_head = nn.Linear(config.width, config.vocab_size)
         self.post_init()
 
-    @hub.can_return_tuple
-    def forward(
-        self,
-        input_ids: Tokens | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Inputs | None = None,
-        labels: Tokens | None = None,
-        marks: Marks | None = None,
-        documents: Int[Tensor, "..."] | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-    ) -> MaskedLMOutput:
-        """Logits B L vocabulary, and the loss over the labels that are not −100."""
-        output = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            inputs_embeds,
-            marks=marks,
-            documents=documents,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-            return_dict=True,
-        )
-        logits = self.lm_head(self.transform(output.last_hidden_state))
-        loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
-        return MaskedLMOutput(
-            loss=loss,  # pyright: ignore[reportArgumentType]
-            logits=logits,
-            hidden_states=output.hidden_states,
-        )
+    def _logits(self, x: Inputs, keep: Keep | None, documents: Tensor | None) -> Tensor:
+        return self.lm_head(self.transform(x))
+
+    def _loss(self, logits: Tensor, labels: Tensor, items: Tensor | int | None) -> Tensor:
+        return cross_entropy(logits, labels, items)
 
 
-class LongspanForSequenceClassification(_Headed):
+class LongspanForSequenceClassification(_Scored):
     """One label, several labels or a number for a whole sequence, from its pooled tokens.
 
-    Bidirectional unless `config.causal`; `config.pooling` says how tokens are pooled.
+    Bidirectional unless `config.causal`; `config.pooling` says how tokens are pooled, and
+    `config.problem_type` the loss: where None, one label is a number (mean square), whole-numbered
+    labels are classes (cross-entropy), and others are several labels each 0 or 1 (one for each).
     """
 
+    gives = ClassifierOutput
     accepts_loss_kwargs = False
 
     def __init__(self, config: LongspanConfig) -> None:
@@ -178,45 +217,15 @@ class LongspanForSequenceClassification(_Headed):
         self.score = nn.Linear(config.width, config.num_labels or 1)
         self.post_init()
 
-    @hub.can_return_tuple
-    def forward(
-        self,
-        input_ids: Tokens | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Inputs | None = None,
-        labels: Tensor | None = None,
-        marks: Marks | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-    ) -> SequenceClassifierOutput:
-        """Logits B × labels, and the loss: mean square, cross-entropy or one per label.
+    def _logits(self, x: Inputs, keep: Keep | None, documents: Tensor | None) -> Tensor:
+        if documents is not None:
+            raise LongspanError(
+                "a row gets one label, and packed documents would be pooled together: give each "
+                "document a row of its own."
+            )
+        return self.score(self.dropout(pool(x, keep, self.pooling)))
 
-        `config.problem_type` names it; where None, one label is a number, whole-numbered labels
-        are classes, and others are several labels each 0 or 1.
-        """
-        output = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            inputs_embeds,
-            use_cache=False,
-            marks=marks,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-            return_dict=True,
-        )
-        x = output.last_hidden_state
-        logits = self.score(
-            self.dropout(pool(x, padding(attention_mask, x.shape[1]), self.pooling))
-        )
-        return SequenceClassifierOutput(
-            loss=None if labels is None else self._loss(logits, labels),  # pyright: ignore[reportArgumentType]
-            logits=logits,
-            hidden_states=output.hidden_states,
-        )
-
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def _loss(self, logits: Tensor, labels: Tensor, items: Tensor | int | None) -> Tensor:
         config, logits = self.config, logits.float()
         if config.problem_type is None:
             whole = not (labels.is_floating_point() or labels.dtype == torch.bool)

@@ -6,12 +6,11 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor, nn
 from transformers.generation.utils import GenerationMixin
-from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from longspan import hub
 from longspan.errors import LongspanError
 from longspan.models.config import LongspanConfig
-from longspan.models.losses import IGNORED, cross_entropy
+from longspan.models.losses import IGNORED, Seq2SeqOutput, cross_entropy, with_auxiliary
 from longspan.models.stack import LongspanModel, initialise, refuse_leaks
 from longspan.shapes import Inputs, Marks, Tokens
 
@@ -73,7 +72,7 @@ class LongspanForSeq2SeqLM(hub.Pretrained, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-    ) -> Seq2SeqLMOutput:
+    ) -> Seq2SeqOutput:
         """Logits of the decoder's positions, and the loss where labels are given.
 
         Args:
@@ -108,8 +107,8 @@ class LongspanForSeq2SeqLM(hub.Pretrained, GenerationMixin):
         )
         logits = self.lm_head(output.last_hidden_state)
         loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
-        return Seq2SeqLMOutput(
-            loss=loss,  # pyright: ignore[reportArgumentType]
+        return Seq2SeqOutput(
+            **with_auxiliary(self, loss, labels, num_items_in_batch),
             logits=logits,
             past_key_values=output.past_key_values,
             decoder_hidden_states=output.hidden_states,

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from longspan import hub, registry
+from longspan.engines.given import Lent
 from longspan.errors import LongspanError
+from longspan.models.axes import AxisPosition
 from longspan.models.config import LongspanConfig, Spec, split
 from longspan.models.packing import packing
 from longspan.nn import FeedForward, Mixer, MultiHead, Position, norm
@@ -21,8 +23,8 @@ def mixer(spec: Spec, *, config: LongspanConfig, causal: bool) -> Mixer:
     """Build one layer's mechanism for a model of this config.
 
     An attention is put into `MultiHead`, with the config's position. A mechanism gets, of the
-    config's width, heads, head_width, kv_heads and length, causal and a position that rotates or
-    biases, what its arguments name; the spec's own options come last.
+    config's width, heads, head_width, kv_heads, length and attention_dropout, causal and a position
+    that rotates or biases, what its arguments name; the spec's own options come last.
 
     Raises:
         LongspanError: a mechanism without the form asked for, or whatever its builder refuses.
@@ -42,7 +44,10 @@ def mixer(spec: Spec, *, config: LongspanConfig, causal: bool) -> Mixer:
     position = _position(config)
     if position is not None and position.acts == {"embed"}:
         position = None
-    offered = {**_sizes(config), "causal": causal, "position": position}
+    dropout = config.attention_dropout or None
+    if dropout and "dropout" not in registry.options(id_):
+        raise LongspanError(f"'{id_}' has no dropout of its weights: give attention_dropout=0.")
+    offered = {**_sizes(config), "causal": causal, "position": position, "dropout": dropout}
     built = _build(id_, offered, options)
     if card.kind != "attention":
         return built
@@ -130,10 +135,7 @@ class LongspanModel(hub.Pretrained):
         self.causal = bool(config.causal)
         width, kind = config.width, config.norm
         self.embed_tokens = nn.Embedding(config.vocab_size, width)
-        position = _position(config)
-        self.position: Position | None = None
-        if position is not None and "embed" in position.acts:
-            self.position = hub.settled(position)
+        self.position = self._embedding_position()
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(
             hub.Layer(
@@ -150,6 +152,23 @@ class LongspanModel(hub.Pretrained):
         self.norm = norm(kind, width) if config.norm_order == "pre" else nn.Identity()
         self.gradient_checkpointing = False
         self.post_init()
+
+    def _embedding_position(self) -> Position | None:
+        config, position = self.config, _position(self.config)
+        if position is not None and "embed" not in position.acts:
+            position = None
+        if config.axes is not None:
+            if position is not None:
+                raise LongspanError(
+                    "axes and a position that embeds both add to the embeddings: give position="
+                    "None, or one that rotates or biases."
+                )
+            position = AxisPosition(
+                config.axes,
+                width=config.width,
+                std=deviation(config, len(config.axes) * config.width),
+            )
+        return None if position is None else hub.settled(position)
 
     def _feed_forward(self) -> FeedForward:
         config = self.config
@@ -176,6 +195,9 @@ class LongspanModel(hub.Pretrained):
 
     def _settled(self, part: Part) -> Part:
         """Keeps the part's own weights; scales what goes from it into the residual (GPT-2)."""
+        if isinstance(part, MultiHead) and self.config.initialisation == "scaled":
+            for linear in (*part.project.values(), part.output):
+                self._init_weights(linear)
         output = None
         if isinstance(part, MultiHead | FeedForward):
             output = part.output if isinstance(part, MultiHead) else part.down
@@ -251,11 +273,14 @@ class LongspanModel(hub.Pretrained):
         encoded_keep = None if encoded is None else padding(encoded_mask, encoded.shape[1])
         states = cache.states or (None,) * len(self.layers)
         carried, hidden = [], [x]
+        lends, weights = self.config.sharing is not None, None
         for layer, state in zip(self.layers, states, strict=True):
+            state = Lent(weights, state) if lends else state
             # The input goes by position: recomputation tracks the gradients of those alone.
             x, state = layer(
                 x, state, keep=keep, marks=marks, encoded=encoded, encoded_keep=encoded_keep
             )
+            weights, state = state if lends else (None, state)
             carried.append(state if use_cache else None)
             if output_hidden_states:
                 hidden.append(x)
@@ -330,9 +355,14 @@ def steps(config: LongspanConfig) -> bool:
 def initialise(module: nn.Module, config: LongspanConfig) -> None:
     """Normal weights and zero biases (Radford et al., 2018)."""
     if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=config.initializer_range)
+        nn.init.normal_(module.weight, std=deviation(config, module.weight.shape[1]))
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def deviation(config: LongspanConfig, inputs: int) -> float:
+    """The standard deviation of weights that start for so many inputs, or of tables so wide."""
+    return 0.125 / inputs**0.5 if config.initialisation == "scaled" else config.initializer_range
 
 
 def _ids(config: LongspanConfig) -> list[str]:

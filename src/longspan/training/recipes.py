@@ -11,6 +11,7 @@ from longspan import hub
 from longspan.data.streams import Segments, Stream, Windows
 from longspan.models import LongspanConfig, LongspanForCausalLM
 from longspan.training.groups import parameter_groups
+from longspan.training.named import NamedLosses
 from longspan.training.segments import SegmentTrainer
 
 
@@ -79,7 +80,7 @@ def language_model(
     data: Any = Windows(train, length=length)
     if segments:
         data = Segments(train, batch=batch * arguments.world_size, length=length).rows()
-    kind = SegmentTrainer if segments else Trainer
+    kind = SegmentTrainer if segments else NamedLosses
     return kind(
         model=model,
         args=arguments,

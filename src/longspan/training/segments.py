@@ -5,15 +5,16 @@ from typing import Any
 
 from torch import nn
 from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from longspan.errors import LongspanError
 from longspan.hub import StateCache
 from longspan.nn import load_state, save_state
+from longspan.training.named import NamedLosses
 
 
-class SegmentTrainer(Trainer):
+class SegmentTrainer(NamedLosses):
     """A Trainer whose rows are streams: row b of a batch goes on where row b of the last ended.
 
     States pass from batch to batch without gradient, start anew with every epoch, and are saved

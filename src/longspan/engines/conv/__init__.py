@@ -20,9 +20,11 @@ from longspan.engines.conv.projection import (
     sample,
     scaled,
 )
+from longspan.engines.conv.quasiseparable import Quasiseparable, assemble, decompose
 from longspan.engines.conv.scan import diagonal, diagonal_kernel, diagonal_step
 from longspan.engines.conv.shapes import readout
 from longspan.engines.conv.short import short
+from longspan.engines.conv.strides import Stride, stride, strided, strided_kernel
 from longspan.engines.conv.systems import (
     LowRank,
     dense,
@@ -36,8 +38,12 @@ from longspan.engines.conv.toeplitz import toeplitz
 
 __all__ = [
     "LowRank",
+    "Quasiseparable",
+    "Stride",
+    "assemble",
     "basis",
     "convolve",
+    "decompose",
     "dense",
     "dense_response",
     "dense_state",
@@ -61,6 +67,9 @@ __all__ = [
     "scaled",
     "short",
     "spectrum",
+    "stride",
+    "strided",
+    "strided_kernel",
     "toeplitz",
     "truncated",
     "untruncated",

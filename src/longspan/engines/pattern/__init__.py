@@ -1,7 +1,7 @@
 """Fixed sparsity: patterns are values, each with its mask, its edges and its kernel.
 
-`values` holds what may be said, `banded`, `listed` and `fold` the ways to compute it, `attending`
-the choice between them, and what a causal form carries.
+`values` holds what may be said, `banded`, `listed` and `fold` the ways to compute it, `biased`
+those with a learned bias, `attending` the choice between them, and what a causal form carries.
 """
 
 # Bytes of one temporary: larger arrays go back to the kernel at every free and page-fault anew.
@@ -9,11 +9,13 @@ WORKSPACE = 16 * 2**20
 
 from longspan.engines.pattern.attending import History, attend, layouts, stream  # noqa: E402
 from longspan.engines.pattern.banded import Banded, Blocks  # noqa: E402
+from longspan.engines.pattern.biased import Biased, ByDistance, ByPair, ByRun, biased  # noqa: E402
 from longspan.engines.pattern.fold import Fold  # noqa: E402
 from longspan.engines.pattern.listed import Listed  # noqa: E402
 from longspan.engines.pattern.values import (  # noqa: E402
     ALL,
     Both,
+    Cells,
     Chance,
     Coarse,
     Hubs,
@@ -38,8 +40,13 @@ __all__ = [
     "ALL",
     "WORKSPACE",
     "Banded",
+    "Biased",
     "Blocks",
     "Both",
+    "ByDistance",
+    "ByPair",
+    "ByRun",
+    "Cells",
     "Chance",
     "Coarse",
     "Fold",
@@ -57,6 +64,7 @@ __all__ = [
     "UnlessShort",
     "Window",
     "attend",
+    "biased",
     "causal",
     "everything",
     "layouts",

@@ -6,9 +6,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from longspan.engines import dense
+from longspan.engines import backends, dense
 from longspan.engines.dense import Layout, Whole
 from longspan.engines.pattern.banded import Banded
+from longspan.engines.pattern.biased import ByPair, biased
 from longspan.engines.pattern.fold import Fold
 from longspan.engines.pattern.listed import Listed
 from longspan.engines.pattern.values import (
@@ -61,6 +62,7 @@ def attend(
     keep: Keep | None = None,
     block: tuple[int, int] = (64, 64),
     scale: float | None = None,
+    bias: Tensor | None = None,
 ) -> Outputs:
     """Softmax attention under a pattern.
 
@@ -69,19 +71,24 @@ def attend(
 
     Args:
         block: queries and keys of one block where blocks are gathered.
+        bias: (B|1, H|1, L|1, S), added to the scores; positions then count slots, and of what
+            `keep` hides only the keys are left out.
     """
     if keep is not None and not bool(keep.all()):
-        return _packed(q, k, v, shape, keep, block, scale)
+        if bias is None:
+            return _packed(q, k, v, shape, keep, block, scale)
+        bias = bias + dense.additive(keep, q.dtype)[:, None, None]
     groups: dict[Pattern, list[int]] = {}
     for h in range(q.shape[1]):
         groups.setdefault(shape.head(h), []).append(h)
     if len(groups) == 1:
-        return _attend(q, k, v, next(iter(groups)), block, scale)
+        return _attend(q, k, v, next(iter(groups)), block, scale, bias)
     outs, order = [], [h for heads in groups.values() for h in heads]
     for one, heads in groups.items():
         at = torch.tensor(heads, device=q.device)
         mine = [t.index_select(1, at) for t in (q, k, v)]
-        outs.append(_attend(mine[0], mine[1], mine[2], one, block, scale))
+        own = bias if bias is None or bias.shape[1] == 1 else bias.index_select(1, at)
+        outs.append(_attend(mine[0], mine[1], mine[2], one, block, scale, own))
     back = torch.tensor(order, device=q.device).argsort()
     return torch.cat(outs, 1).index_select(1, back)
 
@@ -93,14 +100,19 @@ def _attend(
     shape: Pattern,
     block: tuple[int, int],
     scale: float | None,
+    bias: Tensor | None,
 ) -> Tensor:
     queries, keys = q.shape[2], k.shape[2]
+    if bias is not None:
+        return biased(q, [(ByPair(shape, *block), k, v, bias)], scale=scale)
     if queries == 1 and keys:
         seen = shape.sees(torch.tensor(keys - 1), torch.arange(keys), keys).expand(keys)
         if not bool(seen.all()):
             at = seen.nonzero()[:, 0].to(k.device)
             k, v = k.index_select(2, at), v.index_select(2, at)
         return dense.explicit(q, k, v, scale=scale)[0]
+    if fused := backends.for_device("pattern", q, v):
+        return fused(q, k, v, shape, scale=scale)[0]
     if isinstance(shape, Prefixed) and queries == keys:
         size = min(shape.size, keys)
         first = dense.attend(q[:, :, :size], k, v, scale=scale)
@@ -178,12 +190,14 @@ def stream(
     block: tuple[int, int] = (64, 64),
     reach: int | None = None,
     period: int = 1,
+    bias: Tensor | None = None,
 ) -> tuple[Outputs, History]:
     """`attend` for a causal pattern, after what the state holds.
 
     Args:
         reach: no query sees a key that far behind it; None where any may be seen.
         period: the pattern is the same when all positions move by so many.
+        bias: as of `attend`, over all keys, those of the state too.
     """
     seen = k.new_ones(k.shape[0], k.shape[2], dtype=torch.bool) if keep is None else keep
     if keep is not None:
@@ -191,7 +205,7 @@ def stream(
     if state is not None:
         k, v = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
         keep = seen = torch.cat([state.keep, seen], 1)
-    o = attend(q, k, v, shape, keep=keep, block=block)
+    o = attend(q, k, v, shape, keep=keep, block=block, bias=bias)
     return o, _held(History(k, v, seen), reach, period)
 
 

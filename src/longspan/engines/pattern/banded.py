@@ -21,12 +21,22 @@ class Blocks:
     `after` are multiples of `size`. Keys are read as overlapping strided views, so nothing is
     copied; `mask(first, last)` gives the additive mask of a range of blocks, broadcast to
     (X, last − first, size, before + size + after), or None where all is seen.
+
+    Args:
+        rows: of scores that the caller's tiles write out, where they do.
     """
 
     def __init__(
-        self, size: int, before: int, after: int, mask: Callable[[int, int], Tensor | None]
+        self,
+        size: int,
+        before: int,
+        after: int,
+        mask: Callable[[int, int], Tensor | None],
+        *,
+        rows: int = 0,
     ) -> None:
         self.size, self.before, self.span, self.mask = size, before, before + size + after, mask
+        self.rows = rows
 
     def _views(self, t: Tensor, first: int, last: int, size: int) -> Tensor:
         rows, _, width = t.shape
@@ -38,7 +48,8 @@ class Blocks:
 
     def _ranges(self, q: Tensor, width: int) -> Iterator[tuple[int, int]]:
         count = q.shape[1] // self.size
-        each = max(1, pattern.WORKSPACE // (q.shape[0] * self.span * width * q.element_size()))
+        each = q.shape[0] * self.span * max(width, self.rows) * q.element_size()
+        each = max(1, pattern.WORKSPACE // each)
         for first in range(0, count, each):
             yield first, min(first + each, count)
 
@@ -58,12 +69,21 @@ class Blocks:
         return o, lse
 
     def backward(
-        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+        self,
+        do: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        o: Tensor,
+        lse: Tensor,
+        scale: float,
+        tile: Callable[..., tuple[Tensor, Tensor, Tensor]] = tile_backward,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """(dq, dk, dv), each range of blocks by `tile`."""
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for first, last in self._ranges(q, k.shape[2]):
             rows = slice(first * self.size, last * self.size)
-            part, *key_parts = tile_backward(
+            part, *key_parts = tile(
                 self._views(do, first, last, self.size),
                 self._views(q, first, last, self.size),
                 self._views(k, first, last, self.span),
@@ -126,7 +146,7 @@ class Banded(Layout):
 
         Queries are right-aligned with the keys of their residue: offset is in steps of it.
         """
-        size = _block(window)
+        size = block_size(window)
         before, after = (
             -(-min(reach, keys + queries) // size) * size for reach in (window.before, window.after)
         )
@@ -161,7 +181,7 @@ class Banded(Layout):
                 o[at_q], lse[at_q] = 0, -torch.inf
                 continue
             blocks, low = self._blocks(window, at_k, batch, length, keys.shape[2], q)
-            rows = _padded(queries, 0, blocks.size)
+            rows = padded(queries, 0, blocks.size)
             reach = low, rows.shape[1] + blocks.span - blocks.size
             part, sums = blocks.forward(rows, cut(keys, *reach), cut(v[at_k], *reach), scale)
             shape = queries.shape[:2]
@@ -179,8 +199,8 @@ class Banded(Layout):
             if queries.numel() == 0 or count == 0:
                 continue
             blocks, low = self._blocks(window, at_k, batch, length, count, q)
-            wide = [_padded(t[at_q], 0, blocks.size) for t in (do, q, o)]
-            sums = _padded(lse[at_q][..., None], 0, blocks.size)[..., 0]
+            wide = [padded(t[at_q], 0, blocks.size) for t in (do, q, o)]
+            sums = padded(lse[at_q][..., None], 0, blocks.size)[..., 0]
             reach = low, wide[0].shape[1] + blocks.span - blocks.size
             part, *key_parts = blocks.backward(
                 wide[0],
@@ -206,13 +226,13 @@ class Banded(Layout):
         return dq, dk, dv
 
 
-def _block(window: Window) -> int:
+def block_size(window: Window) -> int:
     """Queries a block: short against the reach, or the corners outside the band cost too much."""
     reach = max(window.before, window.after, 2)
     return min(128, max(16, 1 << ((reach - 1).bit_length() - 1)))
 
 
-def _padded(t: Tensor, low: int, size: int) -> Tensor:
+def padded(t: Tensor, low: int, size: int) -> Tensor:
     """Rows flattened, with zeros to a multiple of `size`."""
     length = t.shape[2]
     return cut(t, low, -(-length // size) * size)

@@ -1,6 +1,6 @@
 """Any pattern: each block of queries against a gathered list of key blocks."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -71,6 +71,15 @@ def _groups(shape: Pattern, queries: int, keys: int, rows: int, cols: int) -> tu
     return tuple(groups)
 
 
+# (rows of X, query blocks, key blocks n m or None for all, mask) → what is added to the scores.
+Added = Callable[[slice, Tensor, Tensor | None, Tensor | None], Tensor | None]
+
+
+def _as_it_is(x: slice, at: Tensor, table: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    del x, at, table
+    return mask
+
+
 class Listed(Layout):
     """Blocks of `rows` queries meet the blocks of `cols` keys in which they may see anything.
 
@@ -82,17 +91,23 @@ class Listed(Layout):
         self.shape, self.rows, self.cols = shape, rows, cols
 
     def _chunks(
-        self, q: Tensor, k: Tensor
+        self, q: Tensor, k: Tensor, scored: bool
     ) -> Iterator[tuple[slice, Tensor, Tensor | None, Tensor | None]]:
-        """(rows of X, query blocks, key blocks n m or None for all, mask or None)."""
+        """(rows of X, query blocks, key blocks n m or None for all, mask or None).
+
+        Args:
+            scored: scores are written out, so that chunks must keep these small too.
+        """
         count, (queries, keys) = q.shape[0] * q.shape[1], (q.shape[2], k.shape[2])
         groups = _groups(self.shape, queries, keys, self.rows, self.cols)
         first = (keys - queries) // self.rows
-        width = k.shape[3] * k.element_size()
+        width = max(k.shape[3], self.rows if scored else 0) * k.element_size()
         for group in groups:
             if group.wide:
+                each = max(1, pattern.WORKSPACE // (keys * width)) if scored else len(group.blocks)
                 for x in range(count):
-                    yield slice(x, x + 1), group.blocks - first, None, None
+                    for blocks in group.blocks.split(each):
+                        yield slice(x, x + 1), blocks - first, None, None
                 continue
             most = group.table.shape[1] * self.cols
             masked = 0 if group.partial is None else 2 * self.rows * q.element_size()
@@ -153,7 +168,9 @@ class Listed(Layout):
         rows = t.unflatten(2, (self.rows, -1)).flatten(1, 2)[:, front : front + like.shape[2]]
         return rows.unflatten(0, like.shape[:2])
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, added: Added = _as_it_is
+    ) -> tuple[Tensor, Tensor]:
         queries, keys = q.shape[2], k.shape[2]
         wide = torch.promote_types(q.dtype, torch.float32)
         if not q.numel() or not keys:
@@ -164,21 +181,30 @@ class Listed(Layout):
         blocks = [t.unflatten(1, (-1, self.cols)).flatten(2) for t in (key_rows, value_rows)]
         o = v.new_zeros(*rows.shape[:2], self.rows * v.shape[3])
         lse = rows.new_full((*rows.shape[:2], self.rows), -torch.inf, dtype=wide)
-        for x, at, table, mask in self._chunks(q, k):
+        for x, at, table, mask in self._chunks(q, k, added is not _as_it_is):
             if table is None:
                 query = self._take(rows, x, at[None], self.rows)
                 key, value = key_rows[x, None, :keys], value_rows[x, None, :keys]
             else:
                 query = self._take(rows, x, at[:, None], self.rows)
                 key, value = (self._take(t, x, table, self.cols) for t in blocks)
-            part, sums = tile_forward(query, key, value, mask, scale)
+            part, sums = tile_forward(query, key, value, added(x, at, table, mask), scale)
             at = at.to(o.device)
             o[x].index_copy_(1, at, part.reshape(part.shape[0], len(at), -1))
             lse[x].index_copy_(1, at, sums.reshape(part.shape[0], len(at), -1))
         return self._back(o, q, keys), self._back(lse, q, keys)[..., 0]
 
     def backward(
-        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+        self,
+        do: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        o: Tensor,
+        lse: Tensor,
+        scale: float,
+        added: Added = _as_it_is,
+        tile: Callable[..., tuple[Tensor, Tensor, Tensor]] = tile_backward,
     ) -> tuple[Tensor, Tensor, Tensor]:
         queries, keys = q.shape[2], k.shape[2]
         if not q.numel() or not keys:
@@ -189,16 +215,15 @@ class Listed(Layout):
         dq = torch.zeros_like(given[1])
         grads = torch.zeros_like(key_rows), torch.zeros_like(value_rows)
         folded = [t.unflatten(1, (-1, self.cols)).flatten(2) for t in grads]
-        for x, at, table, mask in self._chunks(q, k):
+        for x, at, table, mask in self._chunks(q, k, added is not _as_it_is):
             of = at[None] if table is None else at[:, None]
             do_, q_, o_, lse_ = (self._take(t, x, of, self.rows) for t in given)
             if table is None:
                 key, value = key_rows[x, None, :keys], value_rows[x, None, :keys]
             else:
                 key, value = (self._take(t, x, table, self.cols) for t in blocks)
-            part, *key_parts = tile_backward(
-                do_, q_, key, value, o_, lse_[..., 0].contiguous(), mask, scale
-            )
+            mask = added(x, at, table, mask)
+            part, *key_parts = tile(do_, q_, key, value, o_, lse_[..., 0].contiguous(), mask, scale)
             dq[x].index_copy_(1, at.to(dq.device), part.reshape(part.shape[0], len(at), -1))
             for grad, target, each in zip(grads, folded, key_parts, strict=True):
                 if table is None:

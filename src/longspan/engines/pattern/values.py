@@ -9,6 +9,7 @@ position S − L.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -147,13 +148,14 @@ class Hubs(Pattern):
     rows: bool = True
     columns: bool = True
 
-    def _places(self, keys: int) -> list[int]:
+    def places(self, keys: int) -> list[int]:
+        """The tokens, of so many."""
         found = (a if a >= 0 else keys + a for a in self.at)
         return sorted({a for a in found if 0 <= a < keys})
 
     def sees(self, i: Tensor, j: Tensor, keys: int) -> Tensor:
         seen = torch.zeros_like(i - j, dtype=torch.bool)
-        for a in self._places(keys):
+        for a in self.places(keys):
             if self.rows:
                 seen = seen | (i == a)
             if self.columns:
@@ -163,7 +165,7 @@ class Hubs(Pattern):
     def meets(self, i: Intervals, j: Intervals, keys: int) -> tuple[Tensor, Tensor]:
         some = torch.zeros_like(i[0] - j[0], dtype=torch.bool)
         whole = some
-        for a in self._places(keys):
+        for a in self.places(keys):
             for (low, high), shown in ((i, self.rows), (j, self.columns)):
                 if shown:
                     some = some | (low <= a) & (a <= high)
@@ -171,7 +173,7 @@ class Hubs(Pattern):
         return some, whole
 
     def reach(self, i: Intervals, keys: int) -> Intervals:
-        places = self._places(keys)
+        places = self.places(keys)
         columns = torch.tensor(places if self.columns else [], dtype=torch.long)
         columns = columns.expand(len(i[0]), -1)
         if not self.rows:
@@ -183,24 +185,60 @@ class Hubs(Pattern):
 
 @dataclass(frozen=True)
 class Stripes(Pattern):
-    """All see the keys whose position modulo `period` lies in start … stop − 1."""
+    """All see the keys whose position modulo `period` lies in start … stop − 1.
+
+    Args:
+        rows: the queries at these positions see all, instead.
+    """
 
     period: int
     start: int
     stop: int
+    rows: bool = False
 
     def sees(self, i: Tensor, j: Tensor, keys: int) -> Tensor:
-        shown = (j - self.start) % self.period < self.stop - self.start
-        return shown & torch.ones_like(i, dtype=torch.bool)
+        at, other = (i, j) if self.rows else (j, i)
+        shown = (at - self.start) % self.period < self.stop - self.start
+        return shown & torch.ones_like(other, dtype=torch.bool)
 
     def meets(self, i: Intervals, j: Intervals, keys: int) -> tuple[Tensor, Tensor]:
-        at, size = (j[0] - self.start) % self.period, self.stop - self.start
-        length = j[1] - j[0]
-        here = torch.ones_like(i[0], dtype=torch.bool)
+        of, other = (i, j) if self.rows else (j, i)
+        at, size = (of[0] - self.start) % self.period, self.stop - self.start
+        length = of[1] - of[0]
+        here = torch.ones_like(other[0], dtype=torch.bool)
         return here & ((at < size) | (at + length >= self.period)), here & (at + length < size)
 
     def reach(self, i: Intervals, keys: int) -> Intervals:
-        return torch.zeros_like(i[0])[:, None], torch.full_like(i[0], keys - 1)[:, None]
+        last = torch.full_like(i[0], keys - 1)
+        if self.rows:
+            last = torch.where(self.meets(i, i, keys)[0], last, -1)
+        return torch.zeros_like(i[0])[:, None], last[:, None]
+
+
+@dataclass(frozen=True)
+class Cells(Pattern):
+    """The sequence is cut into cells of the given sizes, the last repeated; each sees itself."""
+
+    sizes: tuple[int, ...]
+
+    def _borders(self, i: Tensor) -> Intervals:
+        """The first and last position of the cell that holds i."""
+        ends = torch.tensor(self.sizes).cumsum(0)
+        own = torch.searchsorted(ends[:-1], i, right=True)
+        size, start = torch.tensor(self.sizes)[own], (ends - torch.tensor(self.sizes))[own]
+        start = start + (i - start).div(size, rounding_mode="floor") * size
+        return start, start + size - 1
+
+    def sees(self, i: Tensor, j: Tensor, keys: int) -> Tensor:
+        low, high = self._borders(i)
+        return (low <= j) & (j <= high)
+
+    def meets(self, i: Intervals, j: Intervals, keys: int) -> tuple[Tensor, Tensor]:
+        (low, first), (last, high) = self._borders(i[0]), self._borders(i[1])
+        return (low <= j[1]) & (j[0] <= high), (low == last) & (low <= j[0]) & (j[1] <= first)
+
+    def reach(self, i: Intervals, keys: int) -> Intervals:
+        return self._borders(i[0])[0][:, None], self._borders(i[1])[1][:, None]
 
 
 @dataclass(frozen=True)
@@ -320,26 +358,32 @@ class Coarse(Pattern):
 
 
 @dataclass(frozen=True)
-class Union(Pattern):
-    """What any part lets meet."""
+class Several(Pattern):
+    """Patterns of which any, or all, must let a pair meet."""
 
     parts: tuple[Pattern, ...]
 
     def head(self, h: int) -> Pattern:
         return replace(self, parts=tuple(p.head(h) for p in self.parts))
 
+    @abstractmethod
+    def joined(self, one: Tensor, other: Tensor) -> Tensor:
+        """What two parts say of a pair, together."""
+
     def sees(self, i: Tensor, j: Tensor, keys: int) -> Tensor:
-        seen = self.parts[0].sees(i, j, keys)
-        for part in self.parts[1:]:
-            seen = seen | part.sees(i, j, keys)
-        return seen
+        return reduce(self.joined, (part.sees(i, j, keys) for part in self.parts))
 
     def meets(self, i: Intervals, j: Intervals, keys: int) -> tuple[Tensor, Tensor]:
-        some, whole = self.parts[0].meets(i, j, keys)
-        for part in self.parts[1:]:
-            more, all_of_it = part.meets(i, j, keys)
-            some, whole = some | more, whole | all_of_it
-        return some, whole
+        some, whole = zip(*(part.meets(i, j, keys) for part in self.parts), strict=True)
+        return reduce(self.joined, some), reduce(self.joined, whole)
+
+
+@dataclass(frozen=True)
+class Union(Several):
+    """What any part lets meet."""
+
+    def joined(self, one: Tensor, other: Tensor) -> Tensor:
+        return one | other
 
     def reach(self, i: Intervals, keys: int) -> Intervals:
         found = [part.reach(i, keys) for part in self.parts]
@@ -352,26 +396,11 @@ class Sum(Union):
 
 
 @dataclass(frozen=True)
-class Both(Pattern):
+class Both(Several):
     """What all parts let meet."""
 
-    parts: tuple[Pattern, ...]
-
-    def head(self, h: int) -> Pattern:
-        return replace(self, parts=tuple(p.head(h) for p in self.parts))
-
-    def sees(self, i: Tensor, j: Tensor, keys: int) -> Tensor:
-        seen = self.parts[0].sees(i, j, keys)
-        for part in self.parts[1:]:
-            seen = seen & part.sees(i, j, keys)
-        return seen
-
-    def meets(self, i: Intervals, j: Intervals, keys: int) -> tuple[Tensor, Tensor]:
-        some, whole = self.parts[0].meets(i, j, keys)
-        for part in self.parts[1:]:
-            more, all_of_it = part.meets(i, j, keys)
-            some, whole = some & more, whole & all_of_it
-        return some, whole
+    def joined(self, one: Tensor, other: Tensor) -> Tensor:
+        return one & other
 
     def reach(self, i: Intervals, keys: int) -> Intervals:
         low, high = self.parts[0].reach(i, keys)

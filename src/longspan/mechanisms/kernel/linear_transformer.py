@@ -16,7 +16,10 @@ from longspan.shapes import Keep, Keys, Outputs, Queries, Values
 
 def elu_plus_one(x: Tensor) -> Tensor:
     """φ(x) = elu(x) + 1 > 0 (Eq. 7)."""
-    return F.elu(x) + 1
+    return F.elu(x).add_(1)
+
+
+ELU = scan.Entrywise(elu_plus_one, lambda y: y.clamp(max=1))  # elu' = exp(x) = y below 0, else 1
 
 
 @mechanism(
@@ -68,12 +71,13 @@ class LinearTransformer(Attention):
         keep: Keep | None = None,
     ) -> tuple[Outputs, Float[Tensor, "B H M V+1"] | None]:
         unseen = None if keep is None else ~keep[:, None, :, None]
+        feature = ELU if self.features is elu_plus_one else None
         if unseen is not None:
-            k, v = k.masked_fill(unseen, 0), v.masked_fill(unseen, 0)
-        q, k = self.features(q), self.features(k)
-        if unseen is not None:
-            k = k.masked_fill(unseen, 0)  # after φ: elu(0) + 1 would count as a key
-        # With a column of ones beside v, one sum gives the numerator and the denominator.
-        v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
-        o, state = scan.outer(q, k, v, state) if self.causal else (scan.total(q, k, v), None)
-        return o[..., :-1] / (o[..., -1:] + self.eps), state
+            v = v.masked_fill(unseen, 0)
+            k = k.masked_fill(unseen, 0 if feature is None else -torch.inf)  # elu(−∞) + 1 = 0
+        if feature is None:
+            q, k = self.features(q), self.features(k)
+            k = k if unseen is None else k.masked_fill(unseen, 0)
+        if self.causal:
+            return scan.outer(q, k, v, state, feature=feature, normalise=self.eps)
+        return scan.total(q, k, v, feature=feature, normalise=self.eps), None

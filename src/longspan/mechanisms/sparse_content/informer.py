@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from longspan.card import Card
-from longspan.engines import bucket, dense
+from longspan.engines import bucket
 from longspan.errors import LongspanError
 from longspan.nn import Attention
 from longspan.registry import mechanism
@@ -102,16 +102,7 @@ class Informer(Attention):
         lazy = lazy.to(q.dtype)
         budget = self._budget(own)
         chosen = bucket.foremost(self.measure(q, k, own, kept), budget, own)  # B H u
-        if not chosen.shape[2]:
-            return lazy, None
-        rows = bucket.rows_of(q, chosen[:, :, None])[:, :, 0]
-        seen = kept[:, None, None]
-        if self.causal:
-            seen = seen & (torch.arange(keys, device=q.device) <= chosen[..., None])
-        layout = bucket.Tiles(seen.expand(-1, q.shape[1], -1, -1).flatten(0, 1)[:, None])
-        flat = [t.flatten(0, 1)[:, None] for t in (rows, k, v)]
-        o, _ = dense.union(flat[0], [(layout, flat[1], flat[2])])
-        return bucket.replaced(lazy, o.view(*rows.shape[:3], -1), chosen), None
+        return bucket.awoken(lazy, q, k, v, chosen, kept, causal=self.causal), None
 
     def _budget(self, keep: Keep) -> Tensor:
         """factor · ⌈ln n⌉ of each row's n tokens, at most n, at least 1 unless the factor is 0."""
