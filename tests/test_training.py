@@ -256,7 +256,9 @@ def test_losses_of_parts_are_added_and_logged_by_name(tmp_path):
     output = model.train()(batch, labels=batch)
     assert output.auxiliary == {"extra": torch.tensor(1.0)}
     torch.testing.assert_close(output.loss, alone.loss + 1)
-    half = model(batch, labels=batch, num_items_in_batch=62)  # of twice as many labels
+    half = model(
+        batch, labels=torch.cat([batch[:, :1] * 0 - 100, batch[:, 1:]], 1), num_items_in_batch=62
+    )
     torch.testing.assert_close(half.loss, (alone.loss + 1) / 2)
     trainer.train()
     assert [entry["extra"] for entry in trainer.state.log_history if "loss" in entry] == [1.0, 1.0]

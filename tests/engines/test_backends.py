@@ -244,10 +244,10 @@ def test_scan_in_triton(length: int, keys: int, fades: str, served: list[tuple[s
 
 @needs_triton
 @pytest.mark.usefixtures("tiny")
-def test_scan_in_triton_divides_and_keeps_a_wide_state_under_bfloat16(
+def test_scan_in_triton_divides_and_keeps_a_wide_state_under_float16(
     served: list[tuple[str, str]],
 ) -> None:
-    q, k, v = (normal(1, 2, 70, 8, seed=i).abs().bfloat16() for i in range(3))
+    q, k, v = (normal(1, 2, 70, 8, seed=i).abs().half() for i in range(3))
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Any:
         return scan.outer(q, k, v, normalise=1e-3)

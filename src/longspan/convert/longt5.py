@@ -72,7 +72,7 @@ def longt5(
     needed = {n for n in missing if ".table." not in n and not any(part in n for part in fresh)}
     if needed:
         raise LongspanError(f"these are no complete T5 weights: they lack {sorted(needed)}.")
-    return built.to(dtype=model.dtype).eval()  # pyright: ignore[reportArgumentType]
+    return built.to(model.dtype).eval()  # pyright: ignore[reportArgumentType]
 
 
 def _settings(config: Any) -> dict[str, Any]:

@@ -6,8 +6,8 @@ each segment; 3. every segment computes its outputs, chunk by chunk, its state i
 The gradients are three more such scans, two of them from the right: dq_t is a scan of (do, v, k),
 dk_t of (v, do, q) and dv_t of (k, q, do), whose decay is that of the token behind.
 
-Checked by Triton's interpreter and compiled for sm_90 without spilling at D = 64 in bfloat16; not
-yet run on a GPU, and not tuned.
+Checked by Triton's interpreter in float32 and float16 (its bfloat16 products are wrong), compiled
+for sm_90, without spilling at D = 64 in bfloat16; not yet run on a GPU, and not tuned.
 """
 
 from typing import Any, no_type_check

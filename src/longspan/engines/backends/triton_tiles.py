@@ -1,8 +1,8 @@
 # pyright: reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false
 """Tiled softmax attention in Triton: (o, logsumexp), and gradients under a merged softmax.
 
-Checked by Triton's interpreter and compiled for sm_90 without spilling in bfloat16; not yet run on
-a GPU, and not tuned.
+Checked by the Triton interpreter in float32, compiled for sm_90 without spilling in bfloat16; not
+yet run on a GPU, and not tuned.
 """
 
 from typing import no_type_check
