@@ -311,8 +311,8 @@ def test_a_bias_of_every_pair(
     for length, keys in ((1, 1), (37, 37), (21, 34), (1, 30)):
         for sizes in BIASES:
             q, k, v = inputs(length, keys, value=6)
-            of: dict[Any, int] = {"L": length, "S": keys}
-            bias = normal(*(of[n] if n in of else n for n in sizes), seed=5)
+            of: dict[Any, Any] = {"L": length, "S": keys}
+            bias = normal(*(of.get(n, n) for n in sizes), seed=5)
             bias = bias.masked_fill(bias > 1.5, -torch.inf).requires_grad_()
             layout = pattern.ByPair(shape, 4, 8)
             full = bias.masked_fill(~shape.mask(length, keys), -torch.inf)

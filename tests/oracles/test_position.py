@@ -13,10 +13,11 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import longspan
+from longspan.engines import relative as by_distance
+from longspan.engines.relative import shift
 from longspan.errors import LongspanError
 from longspan.mechanisms.position.alibi import published
 from longspan.mechanisms.position.rope import relayout
-from longspan.mechanisms.position.transformer_xl_relative_position import shift
 from longspan.nn import Attention, MultiHead, Position
 from longspan.nn.positions import positions_from, raster
 

@@ -278,12 +278,15 @@ def explicit(
     bias: Tensor | None = None,
     multiplier: Tensor | None = None,
     gate: Tensor | None = None,
+    spread: Callable[[Tensor], Tensor] | None = None,
+    activation: Callable[[Tensor], Tensor] | None = None,
     dropout: float = 0.0,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(o, weights: B H L S, logsumexp: B H L) with the weight matrix written out.
 
-        scores = (q kᵀ · scale) ∘ multiplier + bias,   weights = dropout(softmax(scores) ∘ gate)
+        scores = activation(q kᵀ · scale) ∘ multiplier + bias,
+        weights = dropout(softmax(scores) ∘ gate),   o = weights v + spread(weights)
 
     `seen`, `bias`, `multiplier` and `gate` broadcast to B H L S; computed in at least float32.
     The gate does not renormalise: append a column of ones to v where its sum is wanted.
@@ -292,6 +295,8 @@ def explicit(
     wide = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
         scores = einsum(q.to(wide) * factor, k.to(wide), "B H L D, B H S D -> B H L S")
+    if activation is not None:
+        scores = activation(scores)
     if multiplier is not None:
         scores = scores * multiplier
     if bias is not None:
@@ -309,6 +314,7 @@ def explicit(
     weights = F.dropout(weights, dropout)
     with torch.autocast(q.device.type, enabled=False):
         o = einsum(weights, v.to(wide), "B H L S, B H S V -> B H L V")
+        o = o if spread is None else o + spread(weights)
     return o.to(q.dtype), weights, lse
 
 
@@ -322,6 +328,8 @@ def tiled(
     bias: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None,
     multiplier: Callable[[Tensor, Tensor], Tensor] | None = None,
     gate: Callable[[Tensor, Tensor], Tensor] | None = None,
+    spread: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    activation: Callable[[Tensor], Tensor] | None = None,
     dropout: float = 0.0,
     scale: float | None = None,
     tile: int = 256,
@@ -331,6 +339,8 @@ def tiled(
     Args:
         bias: (q, k, pos_q, pos_k) → addend to the scaled scores.
         multiplier, gate: (pos_q, pos_k) → factor before, and after, the softmax.
+        spread: (weights, pos_q, pos_k) → addend to the outputs.
+        activation: of the scaled scores, before the multiplier.
 
     Each tile is recomputed in the backward pass, so memory is O(tile · S) both ways (Rabe & Staats,
     2021, Sec. 3).
@@ -353,6 +363,8 @@ def tiled(
             bias=bias and bias(q_tile, k, at, at_k),
             multiplier=multiplier and multiplier(at, at_k),
             gate=gate and gate(at, at_k),
+            spread=spread and (lambda weights: spread(weights, at, at_k)),
+            activation=activation,
             dropout=dropout,
             scale=scale,
         )
@@ -376,6 +388,7 @@ def attend(
     causal: bool = False,
     keep: Keep | None = None,
     bias: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None,
+    spread: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     dropout: float = 0.0,
     scale: float | None = None,
 ) -> Tensor:
@@ -384,8 +397,19 @@ def attend(
     q: B H L D, k: B H S D, v: B H S V → B H L V; causally the last query meets the last key.
     """
     length, keys = q.shape[2], k.shape[2]
-    if bias is not None or (dropout and (keep is not None or (causal and length != keys))):
-        return tiled(q, k, v, causal=causal, keep=keep, bias=bias, dropout=dropout, scale=scale)[0]
+    masked = keep is not None or (causal and length != keys)
+    if bias is not None or spread is not None or (dropout and masked):
+        return tiled(
+            q,
+            k,
+            v,
+            causal=causal,
+            keep=keep,
+            bias=bias,
+            spread=spread,
+            dropout=dropout,
+            scale=scale,
+        )[0]
     if keep is None and keys and (not causal or length in (1, keys)):
         square = causal and length > 1
         return F.scaled_dot_product_attention(

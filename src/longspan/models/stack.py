@@ -41,8 +41,8 @@ def mixer(spec: Spec, *, config: LongspanConfig, causal: bool) -> Mixer:
             f"'{id_}' has no bidirectional form (modes: {', '.join(sorted(card.modes))}); "
             'longspan.find(mode="bidirectional") lists those that have.'
         )
-    position = _position(config)
-    if position is not None and position.acts == {"embed"}:
+    position = _position(config, causal=causal)
+    if position is not None and position.acts <= {"embed", "enter"}:
         position = None
     dropout = config.attention_dropout or None
     if dropout and "dropout" not in registry.options(id_):
@@ -94,11 +94,11 @@ def _build(id_: str, offered: dict[str, Any], options: dict[str, Any]) -> Any:
     return registry.build(id_, **(fitting | options))
 
 
-def _position(config: LongspanConfig) -> Position | None:
+def _position(config: LongspanConfig, *, causal: bool) -> Position | None:
     if config.position is None:
         return None
     id_, options = split(config.position)
-    return _build(id_, _sizes(config), options)
+    return _build(id_, _sizes(config) | {"layers": config.layers, "causal": causal}, options)
 
 
 def padding(mask: Tensor | None, length: int) -> Keep | None:
@@ -154,8 +154,8 @@ class LongspanModel(hub.Pretrained):
         self.post_init()
 
     def _embedding_position(self) -> Position | None:
-        config, position = self.config, _position(self.config)
-        if position is not None and "embed" not in position.acts:
+        config, position = self.config, _position(self.config, causal=self.causal)
+        if position is not None and not position.acts & {"embed", "enter"}:
             position = None
         if config.axes is not None:
             if position is not None:
@@ -266,15 +266,19 @@ class LongspanModel(hub.Pretrained):
         seen = x.new_zeros(batch, dtype=torch.long) if cache.seen is None else cache.seen
         if position_ids is not None and cache.seen is None:
             _refuse_restarts(position_ids, keep)
-        if self.position is not None:
-            pos = _places(seen, keep, length) if position_ids is None else position_ids
-            x = self.position.embed(x, pos.expand(batch, length))
+        position = self.position
+        pos = _places(seen, keep, length) if position_ids is None else position_ids
+        pos = pos.expand(batch, length)
+        if position is not None and "embed" in position.acts:
+            x = position.embed(x, pos)
         x = self.dropout(x)
         encoded_keep = None if encoded is None else padding(encoded_mask, encoded.shape[1])
         states = cache.states or (None,) * len(self.layers)
         carried, hidden = [], [x]
         lends, weights = self.config.sharing is not None, None
-        for layer, state in zip(self.layers, states, strict=True):
+        for n, (layer, state) in enumerate(zip(self.layers, states, strict=True)):
+            if position is not None and "enter" in position.acts:
+                x = position.enter(x, pos, n)
             state = Lent(weights, state) if lends else state
             # The input goes by position: recomputation tracks the gradients of those alone.
             x, state = layer(

@@ -3,7 +3,7 @@
 from longspan.nn.blocks import Block, FeedForward, norm
 from longspan.nn.heads import MultiHead, MultiHeadState
 from longspan.nn.memory import Remember
-from longspan.nn.protocols import Attention, Bias, Mixer, Position
+from longspan.nn.protocols import Attention, Bias, Mixer, Position, Spread, Turn
 from longspan.nn.state import (
     State,
     detach,
@@ -28,7 +28,9 @@ __all__ = [
     "MultiHeadState",
     "Position",
     "Remember",
+    "Spread",
     "State",
+    "Turn",
     "detach",
     "fork",
     "load_state",

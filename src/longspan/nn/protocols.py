@@ -12,6 +12,11 @@ from longspan.shapes import Context, Inputs, Keep, Keys, Marks, Outputs, Queries
 
 # Added to the scaled scores: (q: B H L D, k: B H S D, pos_q: L, pos_k: S) → (B|1) H L S.
 Bias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+# Added to the outputs: (weights: B H L S, pos_q: L, pos_k: S) → B H L V.
+Spread = Callable[[Tensor, Tensor, Tensor], Tensor]
+# Turns features of queries or keys by their positions: B H L M → B H L M.
+Turn = Callable[[Tensor], Tensor]
+Act = Literal["embed", "enter", "infuse", "rotate", "bias", "spread"]
 
 
 class Attention(nn.Module, ABC):
@@ -27,6 +32,10 @@ class Attention(nn.Module, ABC):
         extra: further projections it wants, name → the one it starts as a copy of; each is
             handed to `forward` by name.
         takes_bias: `forward` has a `bias` argument and adds it to its scores.
+        takes_spread: `forward` has a `spread` argument, which reads its weights, and adds what it
+            gives to its outputs.
+        takes_turns: `forward` has a `turns` argument, one `Turn` of queries and one of keys: it
+            rotates its own features instead of being given rotated q and k.
         takes_marks: `forward` has a `marks` argument, a bool mask of tokens singled out by the
             caller (Longformer's global tokens).
         grouped: accepts fewer key-value heads than query heads as they are.
@@ -35,6 +44,8 @@ class Attention(nn.Module, ABC):
     shared: ClassVar[bool] = False
     extra: Mapping[str, Literal["q", "k", "v"]] = {}
     takes_bias: ClassVar[bool] = False
+    takes_spread: ClassVar[bool] = False
+    takes_turns: bool = False
     takes_marks: ClassVar[bool] = False
     grouped: ClassVar[bool] = False
 
@@ -83,23 +94,43 @@ class Mixer(nn.Module, ABC):
 
 
 class Position(nn.Module):
-    """What tells positions apart; a position offers any of three hooks, named in `acts`.
+    """What tells positions apart; a position offers any of these hooks, named in `acts`.
 
     embed: (x: B L E, pos: B L) → x with positions added, before the first layer.
+    enter: (x: B L E, pos: B L, layer) → the same before each layer, 0 being the first; what is
+        added flows on from layer to layer.
+    infuse: (x: B L E, pos: B L) → what queries and keys are projected from, but not values.
     rotate: (x: B H L D, pos: L or B L) → the same, for queries and keys alike.
     bias: (q, k, pos_q: L, pos_k: S) → (B|1) H L S, added to the scaled scores.
+    spread: (weights: B H L S, pos_q: L, pos_k: S) → B H L V, added to the outputs.
+
+    Attributes:
+        causal: knows no keys after the query, and is refused by an attention that is not causal.
     """
 
-    acts: ClassVar[frozenset[Literal["embed", "rotate", "bias"]]]
+    acts: frozenset[Act]
+    causal: bool = False
 
     def embed(self, x: Tensor, pos: Tensor) -> Tensor:
-        raise NotImplementedError(f"{type(self).__name__} acts by {sorted(self.acts)}, not embed.")
+        raise self._lacks("embed")
+
+    def enter(self, x: Tensor, pos: Tensor, layer: int) -> Tensor:
+        raise self._lacks("enter")
+
+    def infuse(self, x: Tensor, pos: Tensor) -> Tensor:
+        raise self._lacks("infuse")
 
     def rotate(self, x: Tensor, pos: Tensor) -> Tensor:
-        raise NotImplementedError(f"{type(self).__name__} acts by {sorted(self.acts)}, not rotate.")
+        raise self._lacks("rotate")
 
     def bias(self, q: Tensor, k: Tensor, pos_q: Tensor, pos_k: Tensor) -> Tensor:
-        raise NotImplementedError(f"{type(self).__name__} acts by {sorted(self.acts)}, not bias.")
+        raise self._lacks("bias")
+
+    def spread(self, weights: Tensor, pos_q: Tensor, pos_k: Tensor) -> Tensor:
+        raise self._lacks("spread")
+
+    def _lacks(self, hook: Act) -> NotImplementedError:
+        return NotImplementedError(f"{type(self).__name__} acts by {sorted(self.acts)}, not {hook}.")
 
 
 def _check_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from longspan.card import Card
 from longspan.engines import dense
 from longspan.errors import LongspanError
-from longspan.nn import Attention, Bias
+from longspan.nn import Attention, Bias, Spread
 from longspan.registry import mechanism
 from longspan.shapes import Keep, Keys, Outputs, Queries
 
@@ -56,7 +56,7 @@ class SoftmaxAttention(Attention):
         LongspanError: an unknown backend; `fused` with a multiplier or gate, which it lacks.
     """
 
-    takes_bias = True
+    takes_bias = takes_spread = True
     grouped = True
 
     def __init__(
@@ -88,6 +88,7 @@ class SoftmaxAttention(Attention):
         *,
         keep: Keep | None = None,
         bias: Bias | None = None,
+        spread: Spread | None = None,
     ) -> tuple[Outputs, KeysValues | None]:
         if keep is not None:
             k, v = (t.masked_fill(~keep[:, None, :, None], 0) for t in (k, v))
@@ -104,20 +105,26 @@ class SoftmaxAttention(Attention):
                 k, v, keep = carried
         copies = q.shape[1] // k.shape[1]
         k, v = (t.repeat_interleave(copies, 1) if copies > 1 else t for t in (k, v))
-        return self._attend(q, k, v, keep, bias), carried
+        return self._attend(q, k, v, keep, bias, spread), carried
 
     def weights(
         self, q: Queries, k: Keys, *, keep: Keep | None = None, bias: Bias | None = None
     ) -> Float[Tensor, "B H L S"]:
         """The weights themselves, before dropout."""
-        return self._explicit(q, k, k, keep, bias, dropout=0.0)[1]
+        return self._explicit(q, k, k, keep, bias, None, dropout=0.0)[1]
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, keep: Keep | None, bias: Bias | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        keep: Keep | None,
+        bias: Bias | None,
+        spread: Spread | None,
     ) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         if self.backend == "explicit":
-            return self._explicit(q, k, v, keep, bias, dropout)[0]
+            return self._explicit(q, k, v, keep, bias, spread, dropout)[0]
         if self.backend == "fused":
             return dense.attend(
                 q,
@@ -126,6 +133,7 @@ class SoftmaxAttention(Attention):
                 causal=self.causal,
                 keep=keep,
                 bias=bias,
+                spread=spread,
                 dropout=dropout,
                 scale=self.scale,
             )
@@ -138,6 +146,7 @@ class SoftmaxAttention(Attention):
             bias=bias,
             multiplier=self.multiplier,
             gate=self.gate,
+            spread=spread,
             dropout=dropout,
             scale=self.scale,
         )[0]
@@ -149,6 +158,7 @@ class SoftmaxAttention(Attention):
         v: Tensor,
         keep: Keep | None,
         bias: Bias | None,
+        spread: Spread | None,
         dropout: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         length, keys = q.shape[2], k.shape[2]
@@ -166,6 +176,7 @@ class SoftmaxAttention(Attention):
             bias=bias and bias(q, k, pos_q, pos_k),
             multiplier=self.multiplier and self.multiplier(pos_q, pos_k),
             gate=self.gate and self.gate(pos_q, pos_k),
+            spread=spread and (lambda weights: spread(weights, pos_q, pos_k)),
             dropout=dropout,
             scale=self.scale,
         )

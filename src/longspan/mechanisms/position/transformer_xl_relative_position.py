@@ -1,12 +1,12 @@
 """Relative position encoding of Transformer-XL (Dai et al., 2019)."""
 
 import torch
-import torch.nn.functional as F
 from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from longspan.card import Card
+from longspan.engines.relative import shift
 from longspan.errors import LongspanError
 from longspan.nn import Position
 from longspan.nn.positions import at_least_float32, sinusoid
@@ -99,14 +99,3 @@ class TransformerXLRelativePosition(Position):
             distance, self.width, layout="concatenated", dtype=at_least_float32(weight)
         )
         return rearrange(self.project(waves.to(weight.dtype)), "N (H D) -> H N D", H=len(self.u))
-
-
-def shift(x: Float[Tensor, "B H L N"]) -> Float[Tensor, "B H L N"]:
-    """y_ij = x_{i, j + L − 1 − i}, for j ≤ N − L: row i moved left by L − 1 − i (App. B).
-
-    One zero column on the left turns the move into a change of view; what lies right of N − L
-    wraps round and is for the caller to cut.
-    """
-    batch, heads, length, wide = x.shape
-    padded = F.pad(x, (1, 0)).view(batch, heads, wide + 1, length)
-    return padded[:, :, 1:].reshape(batch, heads, length, wide)

@@ -43,6 +43,7 @@ class Within(Position):
         time="L*L*E + L*M*E + L*E*E + M*E*E",
         memory="M*E",
         tiny={"width": 24, "heads": 3, "memory": 256},
+        exact={"width": 24, "heads": 3, "memory": 0},
     )
 )
 def transformer_xl(

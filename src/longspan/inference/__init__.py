@@ -1,0 +1,1 @@
+"""Decoding-time methods: calibration with guarantees, early exits."""

@@ -1,0 +1,107 @@
+"""DA-Transformer, distance-aware (Wu et al., 2021)."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from longspan.card import Card
+from longspan.engines import dense, given
+from longspan.nn import Attention, Bias
+from longspan.nn.positions import at_least_float32
+from longspan.registry import mechanism
+from longspan.shapes import Keep, Keys, Outputs, Queries, Values
+
+
+@mechanism(
+    Card(
+        id="da-transformer",
+        name="DA-Transformer (distance-aware)",
+        kind="attention",
+        family="position",
+        paper="DA-Transformer: Distance-aware Transformer",
+        cite="Wu et al., NAACL 2021",
+        link="https://arxiv.org/abs/2010.06925",
+        what="Multiplies rectified scores by a learned function of the distance, so that each head "
+        "favours near or far keys.",
+        modes={"bidirectional", "causal", "cross", "step"},
+        time="L*S*D + L*S*V",
+        memory="S*D + S*V",
+        tiny={"heads": 3},
+    )
+)
+class DistanceAware(Attention):
+    """softmax(relu(Q Kᵀ) ∘ f(α R) / √D) V, with R_ij = |i − j| and, per head,
+
+        f(R) = (1 + exp(β)) / (1 + exp(β − R))                                     (Eq. 3)
+
+    f(0) = 1; α < 0 favours near keys (f → 0), α > 0 far ones (f → 1 + exp(β)). A score of 0 still
+    has weight exp(0): only masks hide. The causal form is not in the paper. The state is every key
+    and value so far.
+
+    Args:
+        heads: H.
+        alpha: α of the heads at the start, evenly from −alpha to alpha; 0 for plain relu scores.
+            The paper gives no start; both signs let gradients pass either way.
+        beta: β at the start.
+        rectified: relu, without which a factor above 1 lowers negative scores (Sec. 4.4).
+        saturating: f; without it α R is the factor itself (Sec. 4.4), zero on the diagonal.
+    """
+
+    takes_bias = True
+
+    def __init__(
+        self,
+        *,
+        heads: int,
+        causal: bool = False,
+        alpha: float = 0.1,
+        beta: float = 1.0,
+        rectified: bool = True,
+        saturating: bool = True,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(causal=causal)
+        self.alpha = nn.Parameter(torch.linspace(-alpha, alpha, heads + heads % 2)[:heads])
+        self.beta = nn.Parameter(torch.full((heads,), beta)) if saturating else None
+        self.activation = torch.relu if rectified else None
+        self.dropout = dropout
+
+    def forward(
+        self,
+        q: Queries,
+        k: Keys,
+        v: Values,
+        state: given.Past | None = None,
+        *,
+        keep: Keep | None = None,
+        bias: Bias | None = None,
+    ) -> tuple[Outputs, given.Past | None]:
+        whole = state is None and keep is None
+        past = given.extended(state, k, v, keep)
+        o, _ = dense.tiled(
+            q,
+            past.k,
+            past.v,
+            causal=self.causal,
+            keep=None if whole else past.keep,
+            bias=bias,
+            multiplier=self.factor,
+            activation=self.activation,
+            dropout=self.dropout if self.training else 0.0,
+        )
+        return o, past if self.causal else None
+
+    def factor(
+        self, pos_q: Int[Tensor, "L"], pos_k: Int[Tensor, "S"]
+    ) -> Float[Tensor, "H L S"]:
+        """f(α R), or α R: of all distances once, in at least float32, then put in place."""
+        wide = at_least_float32(self.alpha)
+        distance = (pos_q[:, None] - pos_k).abs()
+        steps = torch.arange(int(distance.max()) + 1 if distance.numel() else 1, device=pos_q.device)
+        scaled = self.alpha.to(wide)[:, None] * steps
+        if self.beta is not None:
+            beta = self.beta.to(wide)[:, None]
+            # log f = softplus(β) − softplus(β − R): no exponential of a distance.
+            scaled = (F.softplus(beta) - F.softplus(beta - scaled)).exp()
+        return scaled[:, distance]
