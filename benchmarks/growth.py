@@ -56,7 +56,7 @@ def _one(text: str) -> None:
                 "memory_exponent": last.memory_exponent,
                 "memory_ratio": {c.length: c.memory_ratio for c in costs if c.memory_ratio},
                 "seconds": {c.length: c.training for c in costs},
-                "mebibytes": {c.length: c.memory and c.memory / 2**20 for c in costs},
+                "mebibytes": {c.length: c.memory / 2**20 for c in costs},
                 "two_threads": one_over_two,
             }
         )

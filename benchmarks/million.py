@@ -1,81 +1,92 @@
 """Forward and backward at 2²⁰ tokens, batch 1, 4 heads of 64: time and peak memory of each.
 
-Every mechanism runs in a process of its own, so that the peak is its own. Writes
-`results/million.json`.
+Every mechanism whose card claims linear time, and those whose claim has a logarithm, in a process
+of its own, so that the peak is its own. `python benchmarks/million.py [METHOD …]` writes
+`results/million.json`; with names, only these are run anew.
 """
 
 import json
-import os
-import platform
 import resource
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-LENGTH, HEADS, WIDTH = 2**20, 4, 64
-RUNS = {
-    "linear-transformer": {"causal": True},
-    "longformer": {"causal": True, "window": 256},
-    "s4": {"width": HEADS * WIDTH},
-    "reformer-lsh-causal": {"window": 64, "buckets": [64, 64], "rounds": 1},
+import torch
+
+from longspan import find, show
+from longspan.bench import speed
+from longspan.bench.settings import MIXING, Spec
+from results import FOLDER, write
+
+LENGTH = 2**20
+# What differs from the defaults, and mechanisms whose cost has a logarithm, which no card holds.
+ARGUMENTS = {
+    "longformer": "(window=256)",
+    "reformer-lsh-causal": "(window=64,buckets=[64,64],rounds=1)",
+    "cosformer": f"(length={LENGTH})",
+    "rfa": "(gate=True)",
 }
+BESIDE = ("kernelized-attention-rpe", "logsparse-transformer", "informer-causal", "lssl")
 
 
-def run(id: str) -> None:
-    """One mechanism, here; prints a JSON line."""
-    import torch
+def methods() -> list[str]:
+    """Every mechanism that claims at most linear time, with arguments."""
+    letters = dict.fromkeys("DVHECM", 1)
+    cards = [card for card in find() if card.kind in MIXING]
+    linear = [
+        card.id
+        for card in cards
+        if card.cost("time", L=2000, S=2000, **letters)
+        <= 2.001 * card.cost("time", L=1000, S=1000, **letters)
+    ]
+    return [id_ + ARGUMENTS.get(id_, "") for id_ in sorted({*linear, *BESIDE})]
 
-    import longspan
-    from longspan.nn import Attention
 
-    torch.manual_seed(0)
-    module = longspan.build(id, **RUNS[id])
-    if isinstance(module, Attention):
-        shape = 1, HEADS, LENGTH, WIDTH
-        q, k, v = (torch.randn(shape, requires_grad=True) for _ in range(3))
-        inputs = (q, q if module.shared else k, v)
-    else:
-        inputs = (torch.randn(1, LENGTH, HEADS * WIDTH, requires_grad=True),)
+def main(names: list[str]) -> None:
+    path = FOLDER / "million.json"
+    rows = {row["method"]: row for row in json.loads(path.read_text())["rows"]} if names else {}
+    for method in names or methods():
+        command = [sys.executable, __file__, "--one", method]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines()
+        if done.returncode:
+            row = {"error": lines[-1] if lines else f"ended by signal {-done.returncode}"}
+        else:
+            row = json.loads(lines[-1])
+        rows[method] = {"method": method, **row}
+        print(rows[method], flush=True)
+        write("million", length=LENGTH, rows=list(rows.values()))
+
+
+def _one(method: str) -> None:
+    spec = Spec.parse(method)
+    module, inputs, more = speed.bare(spec, LENGTH)
+    for t in (*inputs, *more.values()):
+        t.requires_grad_()
     started = time.perf_counter()
-    out, _ = module(*inputs)
+    out, _ = module(*inputs, **more)
     forward = time.perf_counter() - started
     gradient = torch.randn(1).expand_as(out)
     started = time.perf_counter()
     out.backward(gradient)
     backward = time.perf_counter() - started
     finite = all(bool(t.grad.isfinite().all()) for t in inputs if t.grad is not None)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(
         json.dumps(
             {
-                "id": id,
-                "arguments": RUNS[id],
+                "time": show(spec.id).time,
+                "causal": speed.is_causal(spec),
                 "forward_seconds": round(forward, 2),
                 "backward_seconds": round(backward, 2),
-                "peak_gib": round(peak, 2),
+                "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
                 "finite": finite,
             }
         )
     )
 
 
-def main() -> None:
-    if len(sys.argv) > 1:
-        run(sys.argv[1])
-        return
-    rows = []
-    for id in RUNS:
-        done = subprocess.run(
-            [sys.executable, __file__, id], capture_output=True, text=True, check=False
-        )
-        line = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else None
-        rows.append(json.loads(line) if line else {"id": id, "error": done.stderr[-300:]})
-        print(rows[-1], flush=True)
-    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    target = Path(__file__).parent / "results" / "million.json"
-    target.write_text(json.dumps({"length": LENGTH, "machine": machine, "rows": rows}, indent=1))
-
-
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--one"]:
+        _one(sys.argv[2])
+    else:
+        main(sys.argv[1:])

@@ -136,7 +136,7 @@ def _longformer(length: int) -> nn.Module:
     return Alone()
 
 
-# Ours (with {length} and its {blocks} of 64), theirs, and whether theirs has its projections inside.
+# Ours (with {length} and its {blocks} of 64), theirs, whether theirs projects inside.
 PEERS: dict[str, tuple[str, Callable[[int], Any], bool]] = {
     "local-attention": ("longformer(window=1024)", _local, False),
     "performer-pytorch": ("performer(causal=False)", _performer, False),

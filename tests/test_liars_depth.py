@@ -1,6 +1,6 @@
 """Each law of depth catches the driver that breaks it: liars are built on purpose."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -94,7 +94,7 @@ LIARS: dict[str, list[type[Depth]]] = {
 
 
 @pytest.fixture
-def declare(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def declare(monkeypatch: pytest.MonkeyPatch) -> Callable[[type], Card]:
     def put(builder: type) -> Card:
         card = Card(
             id=f"liar-{builder.__name__.lower()}",

@@ -362,9 +362,10 @@ def bench(
 ) -> None:
     """Measure the cost of bare mechanisms (B 1, H 4, D 64) beside dense attention.
 
-    Below 1, a ratio is faster than dense attention. FLOPs are of the forward pass, memory is what
-    forward and backward add at their peak. Roof is the least time that the FLOPs need, at the rate
-    a large matrix product reaches here (or the bytes, at a large copy's), over the time taken.
+    Below 1, a ratio is faster than dense attention. FLOPs are of the forward pass, memory is the
+    most that tensors of forward and backward hold at one time. Roof is the least time that the
+    FLOPs need, at the rate a large matrix product reaches here (or the bytes, at a large copy's),
+    over the time taken.
     """
     sizes = _lengths(lengths)
     if dtype not in ("float32", "bfloat16"):
@@ -434,7 +435,7 @@ def _costs(costs: list["Cost"]) -> Table:
             number(cost.training_ratio, 3),
             f"{cost.training_roofline:.2f}",
             f"{cost.flops / 1e9:.2f}",
-            "–" if cost.memory is None else f"{cost.memory / 2**20:.1f}",
+            f"{cost.memory / 2**20:.1f}",
             number(cost.memory_ratio, 2),
             number(cost.exponent, 2),
             number(cost.memory_exponent, 2),

@@ -1,5 +1,7 @@
 """ACT's own claims: Graves, 2016, against a loop over positions and steps."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -181,7 +183,7 @@ def test_halted_positions_cost_nothing():
     assert spent >= one * int(went.taken.sum()) + halting
 
 
-def block(*, causal: bool, order="pre", cross: bool = False, width: int = 24) -> Block:
+def block(*, causal: bool, order: Any = "pre", cross: bool = False, width: int = 24) -> Block:
     torch.manual_seed(3)
 
     def heads(causal: bool, position=None) -> MultiHead:

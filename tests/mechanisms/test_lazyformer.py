@@ -49,6 +49,7 @@ class Replayed(nn.Module):
         super().__init__()
         self.causal, self.store, self.first = causal, store, first
         self.shared, self.extra, self.grouped, self.takes_bias = False, {}, False, True
+        self.takes_turns = False
 
     def forward(self, q, k, v, state=None, *, keep=None, bias=None):
         if self.first:

@@ -1,7 +1,5 @@
 """Rabe and Staats: chunks of any size, memory by the square root, dropout, biases."""
 
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -13,6 +11,7 @@ from torch.testing import assert_close
 
 from longspan.errors import LongspanError
 from longspan.registry import build
+from longspan.testing.counting import held
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -82,32 +81,17 @@ def test_dropout_is_replayed_and_knows_no_chunks() -> None:
     assert_close((found[0][3] * v).sum(), found[0][0].sum())
 
 
-_MEMORY = """
-import torch
-from longspan.bench.memory import temporaries
-from longspan.registry import build
-torch.set_num_threads(1)
-def taken(id, length, **options):
+def _held(id: str, **options: Any) -> int:
     op = build(id, **options)
-    q, k, v = (torch.randn(1, 1, length, 16).requires_grad_() for _ in range(3))
-    return temporaries(lambda: op(q, k, v)[0].sum().backward()) or 0
-taken("rabe-staats", 256)
-taken("multi-head-attention", 256, backend="explicit")
-chunked = taken("rabe-staats", 4096, query_chunk=256, key_chunk=256)
-print(chunked, taken("multi-head-attention", 4096, backend="explicit"))
-"""
+    q, k, v = (torch.randn(1, 1, 2048, 16).requires_grad_() for _ in range(3))
+    return held(lambda: op(q, k, v)[0].sum().backward())
 
 
 def test_peak_memory_is_a_fraction_of_the_matrix() -> None:
-    """Measured, forward and backward: 4096² weights of 4 bytes take 64 MiB, a few at a time."""
-    done = subprocess.run(
-        [sys.executable, "-c", _MEMORY], capture_output=True, text=True, check=True
-    )
-    chunked, explicit = map(int, done.stdout.split())
-    if not explicit:
-        pytest.skip("this system does not let the high-water mark be reset")
-    assert explicit > 2 * 2**26
-    assert chunked < explicit / 8
+    """Forward and backward: 2048² weights of 4 bytes take 16 MiB, a few at a time."""
+    explicit = _held("multi-head-attention", backend="explicit")
+    assert explicit > 2 * 2**24
+    assert _held("rabe-staats", query_chunk=128, key_chunk=128) < explicit / 8
 
 
 @pytest.mark.parametrize(

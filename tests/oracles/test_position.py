@@ -13,8 +13,8 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import longspan
-from longspan.engines import relative as by_distance
-from longspan.engines.relative import shift
+from longspan.engines import distance
+from longspan.engines.distance import shift
 from longspan.errors import LongspanError
 from longspan.mechanisms.position.alibi import published
 from longspan.mechanisms.position.rope import relayout
@@ -359,27 +359,52 @@ def test_axial_rope_gives_half_of_the_planes_to_each_axis(layout):
         position.rotate(x, torch.arange(6))
 
 
-def test_rope_in_linear_attention_turns_the_numerator_alone():
-    rope, length = longspan.build("rope"), 6
-    q, k = (nn.functional.elu(random(1, 1, length, WIDTH, seed=s)) + 1 for s in (0, 1))
-    v, pos = random(1, 1, length, WIDTH, seed=2), torch.arange(length)
-    numerator = (rope.rotate(q, pos) @ rope.rotate(k, pos).mT).tril() @ v
-    denominator = (q @ k.mT).tril().sum(-1, keepdim=True)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_rope_in_linear_attention_turns_the_numerator_alone(causal, masked):
+    length = 6
+    keep = torch.tensor([[0, 1, 1, 0, 1, 1]]).bool() if masked else torch.ones(1, 6).bool()
+    torch.manual_seed(0)
+    attention = longspan.build("linear-transformer", causal=causal, rotated=True, eps=0.0)
+    heads = MultiHead(attention, width=WIDTH, heads=1, position=longspan.build("rope")).double()
+    x = random(1, length, WIDTH)
+    got, _ = heads(x, keep=keep if masked else None)
+    q, k = (nn.functional.elu(heads.project[n](x))[0] + 1 for n in "qk")
+    v, at = heads.project["v"](x)[0], (keep[0].long().cumsum(0) - 1).tolist()
     for i in range(length):
+        if not keep[0, i]:
+            continue
         above, below = torch.zeros(WIDTH, dtype=torch.float64), 0.0
-        for j in range(i + 1):
+        for j in range(i + 1 if causal else length):
+            if not keep[0, j]:
+                continue
             weight = 0.0
             for c in range(WIDTH // 2):
-                planes = (
-                    torch.complex(t[0, 0, at, 2 * c], t[0, 0, at, 2 * c + 1])
-                    for t, at in ((q, i), (k, j))
+                one, other = (
+                    torch.complex(t[n, 2 * c], t[n, 2 * c + 1]) for t, n in ((q, i), (k, j))
                 )
-                one, other = planes
-                weight += (
-                    one * other.conj() * cmath.exp(1j * (i - j) * 10000 ** (-2 * c / WIDTH))
-                ).real
-            above, below = above + weight * v[0, 0, j], below + q[0, 0, i] @ k[0, 0, j]
-        assert_close((numerator / denominator)[0, 0, i], above / below)
+                turn = cmath.exp(1j * (at[i] - at[j]) * 10000 ** (-2 * c / WIDTH))
+                weight += (one * other.conj() * turn).real
+            above, below = above + weight * v[j], below + q[i] @ k[j]
+        assert_close(got[0, i], heads.output(above / below))
+
+
+def test_rotated_features_stream_and_differ_from_rotated_queries():
+    x, outs, state = random(BATCH, 9, MODEL), [], None
+    found = {}
+    for rotated in (True, False):
+        attention = longspan.build("linear-transformer", causal=True, rotated=rotated)
+        torch.manual_seed(0)
+        heads = MultiHead(
+            attention, width=MODEL, heads=HEADS, position=longspan.build("rope")
+        ).double()
+        found[rotated], _ = heads(x)
+        if rotated:
+            for piece in x.split([4, 1, 4], 1):
+                y, state = heads(piece, state)
+                outs.append(y)
+    assert_close(torch.cat(outs, 1), found[True])
+    assert not torch.allclose(found[True], found[False])
 
 
 def test_rope_computes_its_tables_in_float32_and_keeps_none():
@@ -795,6 +820,10 @@ RELATIVE = {
     "alibi-learnable": ("alibi", {"form": "asymmetric", "learnable": True}),
     "xl": ("transformer-xl-relative-position", {}),
     "xl-clamped": ("transformer-xl-relative-position", {"clamp_len": 3}),
+    "shaw": ("shaw-relative-position", {"reach": 4}),
+    "shaw-keys": ("shaw-relative-position", {"reach": 3, "values": False, "shared": True}),
+    "shaw-values": ("shaw-relative-position", {"reach": 20, "keys": False}),
+    "infused": ("sinusoidal-position", {"into": "queries-and-keys"}),
 }
 relatives = pytest.mark.parametrize("choice", RELATIVE.values(), ids=RELATIVE)
 
@@ -838,7 +867,9 @@ def test_tiles_change_nothing_and_gradients_reach_every_parameter(choice, causal
     assert all(g is not None and bool(g.abs().sum()) for g in grads[0])
 
 
-@pytest.mark.parametrize("choice", [c for n, c in RELATIVE.items() if n != "rope-axial"])
+@pytest.mark.parametrize(
+    "choice", [c for n, c in RELATIVE.items() if n not in ("rope-axial", "infused")]
+)
 def test_shifting_all_positions_changes_no_score(choice):
     id, options = choice
     position = relative(id, **options)
@@ -847,12 +878,16 @@ def test_shifting_all_positions_changes_no_score(choice):
     def scores(pos: Tensor) -> Tensor:
         if "rotate" in position.acts:
             return position.rotate(q, pos) @ position.rotate(k, pos).mT
+        if position.acts == {"spread"}:
+            return position.spread((q @ k.mT).softmax(-1), pos, pos)
         return q @ k.mT + position.bias(q, k, pos, pos)
 
     assert_close(scores(torch.arange(5) + 321), scores(torch.arange(5)))
 
 
-@pytest.mark.parametrize("id", ["alibi", "transformer-xl-relative-position"])
+@pytest.mark.parametrize(
+    "id", ["alibi", "transformer-xl-relative-position", "shaw-relative-position"]
+)
 def test_a_bias_holds_no_more_than_heads_queries_keys(id):
     length, keys = 48, 96
     position = relative(id)
@@ -863,7 +898,9 @@ def test_a_bias_holds_no_more_than_heads_queries_keys(id):
     assert mode.elements <= factor * HEADS * length * keys
 
 
-@pytest.mark.parametrize("id", ["alibi", "transformer-xl-relative-position"])
+@pytest.mark.parametrize(
+    "id", ["alibi", "transformer-xl-relative-position", "shaw-relative-position"]
+)
 def test_an_attention_without_bias_is_refused(id):
     class Plain(Attention):
         def forward(self, q, k, v, state=None, *, keep=None):
@@ -885,23 +922,220 @@ def test_padding_on_the_left_moves_no_score():
         assert_close(heads(x, keep=keep)[0][:, 3:], heads(x[:, 3:])[0])
 
 
-@pytest.mark.parametrize(
-    "id",
-    [
-        "sinusoidal-position",
-        "learned-position",
-        "rope",
-        "alibi",
-        "transformer-xl-relative-position",
-    ],
-)
-def test_cards_build(id):
-    card = longspan.show(id)
-    position = longspan.build(id, **card.tiny)
-    assert card.kind == card.family == "position"
+POSITIONS = [card.id for card in longspan.find(kind="position")]
+T = torch.zeros(1)
+HOOKS: dict[str, tuple] = {
+    "embed": (T, T), "enter": (T, T, 0), "infuse": (T, T), "rotate": (T, T), "bias": (T,) * 4,
+    "spread": (T,) * 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("id", POSITIONS)
+def test_a_hook_that_a_position_lacks_says_so(id):
+    position = longspan.build(id, **longspan.show(id).tiny)
     assert isinstance(position, Position)
-    missing = {"embed", "rotate", "bias"} - position.acts
-    assert len(missing) == 2
-    for hook in missing:
+    for hook in set(HOOKS) - position.acts:
+        if hook == "infuse" and position.acts == {"embed"}:
+            continue  # the same sum, in another place
         with pytest.raises(NotImplementedError, match="acts by"):
-            getattr(position, hook)(*(torch.zeros(1),) * (4 if hook == "bias" else 2))
+            getattr(position, hook)(*HOOKS[hook])
+
+
+@pytest.mark.parametrize("id", POSITIONS)
+def test_every_attention_honours_a_position_or_refuses_it_by_name(id):
+    position = longspan.build(id, **longspan.show(id).tiny).double()
+    for card in longspan.find(kind="attention", mode="causal"):
+        attention = longspan.build(card.id, **card.tiny, causal=True)
+        torch.manual_seed(0)
+        lacks = not position.acts - {"embed", "enter"}
+        lacks |= "bias" in position.acts and not attention.takes_bias
+        lacks |= "spread" in position.acts and not attention.takes_spread
+        if lacks:
+            with pytest.raises(LongspanError, match=type(position).__name__):
+                MultiHead(attention, width=MODEL, heads=HEADS, position=position)
+            continue
+        heads = MultiHead(attention, width=MODEL, heads=HEADS, position=position).double()
+        x = random(1, 8, MODEL)
+        with torch.random.fork_rng():
+            got, _ = heads.eval()(x)
+            heads.position = None
+            without, _ = heads(x)
+        if position.acts & {"bias", "spread"}:
+            assert not torch.allclose(got, without, atol=1e-12), card.id
+        assert got.isfinite().all()
+
+
+# Added in every layer to queries and keys alone
+
+
+@pytest.mark.parametrize("id", ["sinusoidal-position", "learned-position"])
+def test_infused_positions_reach_queries_and_keys_but_not_values(id):
+    table = {"width": MODEL, "length": 9} if id == "learned-position" else {}
+    position = longspan.build(id, into="queries-and-keys", **table).double()
+    x = random(BATCH, 7, MODEL)
+    heads = multihead(position)
+    pos = torch.arange(7).expand(BATCH, 7)
+    q, k, v = (
+        rearrange(heads.project[n](of), "B L (H D) -> B H L D", H=HEADS)
+        for n, of in zip("qkv", (position.infuse(x, pos),) * 2 + (x,), strict=True)
+    )
+    scores = (q @ k.mT / WIDTH**0.5).masked_fill(torch.ones(7, 7).triu(1).bool(), -math.inf)
+    want = heads.output(rearrange(scores.softmax(-1) @ v, "B H L D -> B L (H D)"))
+    assert_close(heads(x)[0], want)
+    with pytest.raises((LongspanError, TypeError)):
+        longspan.build(id, into="values", **table)
+
+
+def test_multihead_refuses_a_position_that_is_the_stacks():
+    for id in ("sinusoidal-position", "per-layer-position"):
+        position = longspan.build(id, **longspan.show(id).tiny)
+        with pytest.raises(LongspanError, match="inputs of layers"):
+            multihead(position)
+
+
+# Shaw
+
+SHAWS = {
+    "both": {"reach": 3},
+    "keys": {"reach": 2, "values": False},
+    "values": {"reach": 2, "keys": False},
+    "shared": {"reach": 3, "shared": True},
+    "zero": {"reach": 0},
+    "far": {"reach": 40},
+}
+
+
+def shaw_by_gathering(
+    heads: MultiHead, position: Any, x: Tensor, causal: bool, keep: Tensor | None = None
+) -> Tensor:
+    """Every a_ij looked up: the L × S × D tensors that the mechanism never makes."""
+    q, k, v = (
+        rearrange(heads.project[n](x), "B L (H D) -> B H L D", H=HEADS).unbind(0) for n in "qkv"
+    )
+    far = torch.arange(x.shape[1]) - torch.arange(x.shape[1])[:, None]  # j − i
+    rows = far.clamp(-position.reach, 0 if position.causal else position.reach) + position.reach
+    seen = far <= 0 if causal else far <= x.shape[1]
+    outs = []
+    for b in range(len(x)):
+        a_k, a_v = (
+            torch.zeros(HEADS, *rows.shape, WIDTH, dtype=x.dtype) if t is None
+            else t.expand(HEADS, -1, -1)[:, rows]
+            for t in (position.keys, position.values)
+        )  # fmt: skip
+        mine = seen if keep is None else seen & keep[b]
+        e = torch.einsum("hid,hijd->hij", q[b], k[b][:, None] + a_k) / WIDTH**0.5
+        alpha = e.masked_fill(~mine, -math.inf).softmax(-1)
+        outs.append(torch.einsum("hij,hijd->hid", alpha, v[b][:, None] + a_v))
+    return heads.output(rearrange(torch.stack(outs), "B H L D -> B L (H D)"))
+
+
+@pytest.mark.parametrize("options", SHAWS.values(), ids=SHAWS)
+@pytest.mark.parametrize("form", ["bidirectional", "causal", "causal-range"])
+@pytest.mark.parametrize("length", [1, 2, 9])
+def test_shaw_without_tensors_of_pairs_is_the_direct_form_with_gradients(options, form, length):
+    causal = form != "bidirectional"
+    position = relative("shaw-relative-position", causal=form == "causal-range", **options)
+    heads, x = multihead(position, causal=causal), random(BATCH, length, MODEL).requires_grad_()
+    got, want = heads(x)[0], shaw_by_gathering(heads, position, x, causal)
+    assert_close(got, want)
+    wanted, weight = [x, *position.parameters()], random(*got.shape, seed=3)
+    for a, b in zip(
+        *(torch.autograd.grad((y * weight).sum(), wanted) for y in (got, want)), strict=True
+    ):
+        assert_close(a, b)
+
+
+def test_shaw_under_padding_sums_the_weights_that_are_there():
+    position = relative("shaw-relative-position", reach=3)
+    heads, x = multihead(position, causal=False), random(BATCH, 9, MODEL)
+    keep = torch.tensor([[1] * 9, [1, 1, 0, 1, 1, 0, 1, 0, 0]]).bool()
+    want = shaw_by_gathering(heads, position, x.masked_fill(~keep[..., None], 0), False, keep)
+    assert_close(heads(x, keep=keep)[0][keep], want[keep])
+
+
+def test_shaw_sign_is_key_minus_query():
+    position = relative("shaw-relative-position", reach=1, values=False)
+    position.keys.data = torch.zeros_like(position.keys)
+    position.keys.data[:, 0] = 1  # the key before
+    q = torch.ones(1, HEADS, 4, WIDTH, dtype=torch.float64)
+    bias = position.bias(q, q, torch.arange(4), torch.arange(4))
+    assert_close(bias[0, 0], torch.ones(4, 4).double().tril(-1) * WIDTH**0.5)
+
+
+def test_shaw_of_reach_zero_biases_no_key_and_moves_every_output_alike():
+    x = random(BATCH, 7, MODEL)
+    position = relative("shaw-relative-position", reach=0)
+    heads = multihead(position, causal=False)
+    moved = heads.output(position.values.flatten()) - heads.output(torch.zeros(MODEL).double())
+    plain = multihead(None, causal=False)
+    assert_close(heads(x)[0], plain(x)[0] + moved)
+
+
+def test_shaw_of_great_reach_is_any_toeplitz_term():
+    position = relative("shaw-relative-position", reach=6, values=False)
+    q = random(1, HEADS, 7, WIDTH)
+    bias = position.bias(q, q, torch.arange(7), torch.arange(7))
+    for i in range(7):
+        for j in range(7):
+            want = (q[0, :, i] * position.keys[:, j - i + 6]).sum(-1) / WIDTH**0.5
+            assert_close(bias[0, :, i, j], want)
+
+
+def test_shaw_makes_no_tensor_of_pairs_and_channels():
+    length, width = 64, 32
+    position = longspan.build("shaw-relative-position", heads=1, head_width=width, reach=16)
+    q = torch.randn(1, 1, length, width)
+    at = torch.arange(length)
+    with Largest() as mode, torch.no_grad():
+        position.spread(position.bias(q, q, at, at).softmax(-1), at, at)
+    assert mode.elements <= 2.1 * length * length
+
+
+def test_shaw_refuses_later_keys_where_its_range_has_none():
+    position = relative("shaw-relative-position", causal=True)
+    with pytest.raises(LongspanError, match="causal=False"):
+        multihead(position, causal=False)
+    with pytest.raises(LongspanError, match="one table or both"):
+        relative("shaw-relative-position", keys=False, values=False)
+    with pytest.raises(LongspanError, match="reach=-1"):
+        relative("shaw-relative-position", reach=-1)
+
+
+def test_shaw_values_are_refused_by_an_attention_that_does_not_spread():
+    keys = relative("shaw-relative-position", values=False)
+    flash = longspan.build("flashattention", causal=True)
+    MultiHead(flash, width=MODEL, heads=HEADS, position=keys)
+    with pytest.raises(LongspanError, match="build it without values"):
+        MultiHead(flash, width=MODEL, heads=HEADS, position=relative("shaw-relative-position"))
+
+
+def test_shaw_keys_are_those_of_wav2vec2_bert():
+    from transformers import Wav2Vec2BertConfig
+    from transformers.models.wav2vec2_bert.modeling_wav2vec2_bert import Wav2Vec2BertSelfAttention
+
+    torch.manual_seed(0)
+    config = Wav2Vec2BertConfig(
+        hidden_size=MODEL, num_attention_heads=HEADS, position_embeddings_type="relative_key",
+        left_max_position_embeddings=3, right_max_position_embeddings=3,
+        attn_implementation="eager",
+    )  # fmt: skip
+    theirs = Wav2Vec2BertSelfAttention(config).double().eval()
+    position = relative("shaw-relative-position", reach=3, values=False, shared=True)
+    position.keys.data = theirs.distance_embedding.weight.data[None]
+    ours = multihead(position, causal=False)
+    for name in "qkv":
+        ours.project[name].load_state_dict(getattr(theirs, f"linear_{name}").state_dict())
+    ours.output.load_state_dict(theirs.linear_out.state_dict())
+    x = random(BATCH, 11, MODEL)
+    assert_close(ours(x)[0], theirs(x)[0])
+
+
+@pytest.mark.parametrize(("length", "keys"), [(1, 1), (1, 5), (4, 4), (3, 8), (6, 2)])
+def test_moving_rows_there_and_back(length, keys):
+    y = random(2, 1, length, keys)
+    assert torch.equal(shift(distance.unshift(y))[..., :keys], y)
+    assert distance.unshift(y).shape[-1] == length + keys - 1
+    by = random(2, length + keys - 1)
+    got = distance.toeplitz(by, length, keys)
+    for i in range(length):
+        assert torch.equal(got[:, i], by[:, length - 1 - i : length - 1 - i + keys])

@@ -1,9 +1,7 @@
 """Memory of this process as the system counts it."""
 
-import ctypes
 import resource
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
@@ -22,23 +20,6 @@ def peak_bytes() -> int:
 def resident_bytes() -> int:
     """The memory this process holds now; its peak so far where the system does not tell."""
     return _read("VmRSS") or peak_bytes()
-
-
-def temporaries(run: Callable[[], object]) -> int | None:
-    """Bytes by which memory rises at its highest while `run` runs, result included.
-
-    None where the system does not let the high-water mark be reset, and where the C library
-    cannot be asked to give back what it kept from earlier runs, which would hide as much.
-    """
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-    except (OSError, AttributeError):
-        return None
-    before = _read("VmRSS")
-    run()
-    after = _read("VmHWM")
-    return None if before is None or after is None else max(0, after - before)
 
 
 def _read(name: str) -> int | None:

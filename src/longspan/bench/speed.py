@@ -10,12 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspan.bench.memory import temporaries
 from longspan.bench.settings import BASELINE, MIXING, Spec
 from longspan.errors import LongspanError
 from longspan.nn import Attention, MultiHead
 from longspan.registry import build, options, show
-from longspan.testing.counting import flops
+from longspan.testing.counting import flops, held
 
 HEADS, HEAD_WIDTH = 4, 64
 LENGTHS = (1024, 4096, 16384)
@@ -124,9 +123,10 @@ class Cost:
     """One mechanism at one length; the ratios are to dense attention, below 1 is faster or less.
 
     `roofline` is the least time that the counted FLOPs, and inputs and outputs read and written
-    once, need at this process's ceilings, over the time taken. `memory` is what forward and
-    backward add at their peak. Ratios are None where dense attention would outlast patience. The
-    exponents are the powers of the length that training time and memory grow with.
+    once, need at this process's ceilings, over the time taken. `memory` is the most bytes that
+    tensors made by forward and backward hold at one time. Ratios are None where dense attention
+    would outlast patience. The exponents are the powers of the length that training time and
+    memory grow with.
     """
 
     id: str
@@ -140,7 +140,7 @@ class Cost:
     moved: int
     roofline: float
     training_roofline: float
-    memory: int | None
+    memory: int
     memory_ratio: float | None
     exponent: float | None = None
     memory_exponent: float | None = None
@@ -182,12 +182,11 @@ def measure(
         if costs and costs[-1].training * grown > patience:
             break
         forward, training, *dense = _runs(spec, length, dtype)
-        memory, memory_ratio = temporaries(training), None
+        memory, memory_ratio = held(training), None
         ratios: list[float | None] = [None, None]
         taken = [0.0, 0.0]
         if dense_seconds[1] * grown <= dense_patience:
-            beside = temporaries(dense[1])
-            memory_ratio = memory / beside if memory and beside else None
+            memory_ratio = memory / held(dense[1])
             for i, own in enumerate((forward, training)):
                 pair = paired(own, dense[i], seconds=seconds, clock=clock)
                 taken[i], ratios[i], dense_seconds[i] = pair.first, pair.ratio, pair.second
@@ -215,10 +214,10 @@ def measure(
                 memory_ratio=memory_ratio,
             )
         )
-    held = [c for c in costs if c.memory]
+    sizes = [c.length for c in costs]
     slopes = (
-        exponent([c.length for c in costs], [c.training for c in costs]),
-        exponent([c.length for c in held], [float(c.memory or 0) for c in held]),
+        exponent(sizes, [c.training for c in costs]),
+        exponent(sizes, [float(c.memory) for c in costs]),
     )
     return [replace(cost, exponent=slopes[0], memory_exponent=slopes[1]) for cost in costs]
 

@@ -1,21 +1,16 @@
 """BERT and RoBERTa with DeepSpeed's sparse attention, and its padding to whole blocks."""
 
 from collections.abc import Mapping
-from copy import deepcopy
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
-from longspan.convert.longformer import ARCHITECTURES, PADDING, _lengthen
+from longspan.convert.bert import Model, with_attention
 from longspan.errors import LongspanError
-from longspan.nn import MultiHead
+from longspan.nn import Attention
 from longspan.registry import build
-from longspan.shapes import Inputs
-
-Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 def sparse_attention(
@@ -33,45 +28,15 @@ def sparse_attention(
         length: tokens that the position table is extended to, by repetition.
 
     Raises:
-        LongspanError: another architecture, a decoder, a `length` below what the model knows, or
-            whatever the mechanism refuses.
+        LongspanError: whatever `with_attention` or the mechanism refuses.
 
     >>> sparse = sparse_attention(BertModel.from_pretrained("bert-base-uncased"), length=4096)
     """
-    config = model.config
-    if config.model_type not in ARCHITECTURES or config.is_decoder:
-        raise LongspanError(
-            f"sparse_attention converts {' and '.join(ARCHITECTURES)} encoders and got a "
-            f"{config.model_type}{' decoder' if config.is_decoder else ''}: use such a checkpoint."
-        )
-    converted = deepcopy(model)
-    base: Any = converted.base_model
-    for layer in base.encoder.layer:
-        layer.attention.self = SelfAttention(layer.attention.self, sparsity, block)
-    if length is not None:
-        converted.config.max_position_embeddings = _lengthen(base.embeddings, length)
-    converted.config._attn_implementation = PADDING
-    return converted
 
+    def attend(_: int) -> Attention:
+        return build("deepspeed-sparse-attention", sparsity=sparsity, block=block)
 
-class SelfAttention(nn.Module):
-    """BERT's self-attention by blocks; W_o stays where BERT has it, in the layer's output."""
-
-    def __init__(self, original: Any, sparsity: str | Mapping[str, Any], block: int) -> None:
-        super().__init__()
-        attention = build("deepspeed-sparse-attention", sparsity=sparsity, block=block)
-        with torch.device("meta"):  # all its projections are replaced
-            self.mixer = MultiHead(
-                attention, width=original.query.in_features, heads=original.num_attention_heads
-            )
-        for name, linear in zip("qkv", (original.query, original.key, original.value), strict=True):
-            self.mixer.project[name] = linear
-        self.mixer.add_module("output", nn.Identity())
-
-    def forward(
-        self, hidden_states: Inputs, attention_mask: Tensor | None = None, **_: Any
-    ) -> tuple[Inputs, None]:
-        return self.mixer(hidden_states, keep=attention_mask)[0], None
+    return with_attention(model, "sparse_attention", attend, length=length)
 
 
 def pad_to_block_size(

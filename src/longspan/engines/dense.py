@@ -68,17 +68,33 @@ def tile_backward(
     if q.numel() == 0 or k.shape[2] == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     if q.device.type == "cpu":
-        widths = q.shape[3], v.shape[3]
-        q, k, v, _ = _even(q, k, v)
-        do, o = (F.pad(t, (0, q.shape[3] - widths[1])) for t in (do, o))
-        dq, dk, dv = _flash_backward(do, q, k, v, o, lse, 0.0, False, attn_mask=mask, scale=scale)
-        return dq[..., : widths[0]], dk[..., : widths[0]], dv[..., : widths[1]]
+        return _flash_gradients(do, q, k, v, o, lse, False, mask, scale)
     weights = (_scores(q, k, mask, scale) - lse[..., None]).exp()
     wide = weights.dtype
     do, o, v = do.to(wide), o.to(wide), v.to(wide)
     dscores = weights * (do @ v.mT - (do * o).sum(-1, keepdim=True)) * scale
     dq, dk, dv = dscores @ k.to(wide), dscores.mT @ q.to(wide), weights.mT @ do
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
+
+
+def _flash_gradients(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    causal: bool,
+    mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The CPU kernel's backward pass, widths made equal for it."""
+    widths = q.shape[3], v.shape[3]
+    q, k, v, _ = _even(q, k, v)
+    if short := q.shape[3] - widths[1]:
+        do, o = F.pad(do, (0, short)), F.pad(o, (0, short))
+    dq, dk, dv = _flash_backward(do, q, k, v, o, lse, 0.0, causal, attn_mask=mask, scale=scale)
+    return dq[..., : widths[0]], dk[..., : widths[0]], dv[..., : widths[1]]
 
 
 def _scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -180,11 +196,7 @@ class Whole(Layout):
         self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         if self._square(q, k):
-            widths = q.shape[3], v.shape[3]
-            q, k, v, _ = _even(q, k, v)
-            do, o = (F.pad(t, (0, q.shape[3] - widths[1])) for t in (do, o))
-            dq, dk, dv = _flash_backward(do, q, k, v, o, lse, 0.0, True, scale=scale)
-            return dq[..., : widths[0]], dk[..., : widths[0]], dv[..., : widths[1]]
+            return _flash_gradients(do, q, k, v, o, lse, True, None, scale)
         if fused := backends.for_device("tiles", q, v):
             whole = fused(causal=self.causal, keep=self.keep)
             return whole.backward(do, q, k, v, o, lse, scale)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from longspan.shapes import Keep
@@ -27,9 +27,7 @@ class Place(NamedTuple):
     groups: Int[Tensor, "B"]
 
 
-def place(
-    seen: Int[Tensor, "B"], new: Int[Tensor, "B"], stride: int, *, last: int = 0
-) -> Place:
+def place(seen: Int[Tensor, "B"], new: Int[Tensor, "B"], stride: int, *, last: int = 0) -> Place:
     """Groups are completed by the tokens whose place modulo `stride` is `last`.
 
     >>> place(torch.tensor([1]), torch.tensor([6]), 3).groups  # the tokens 3 and 6
@@ -40,7 +38,7 @@ def place(
     return Place(seen, new, first, groups)
 
 
-def rows(x: Float[Tensor, "B S *E"], index: Int[Tensor, "B *L"]) -> Float[Tensor, "B ..."]:
+def rows(x: Shaped[Tensor, "B S *E"], index: Int[Tensor, "B *L"]) -> Shaped[Tensor, "B ..."]:
     """x[b, index[b]] for every row; indices past the end take the last token."""
     batch, tokens = x.shape[:2]
     if not tokens:
@@ -52,7 +50,7 @@ def rows(x: Float[Tensor, "B S *E"], index: Int[Tensor, "B *L"]) -> Float[Tensor
 
 def align(keep: Keep) -> tuple[Int[Tensor, "B S"], Int[Tensor, "B S"]]:
     """Orders for `rows`: kept tokens first, and back again."""
-    order = (~keep).to(torch.uint8).argsort(1, stable=True)
+    order = (~keep).to(torch.uint8).argsort(dim=1, stable=True)
     return order, order.argsort(1)
 
 
@@ -67,7 +65,7 @@ def windows(
 
 def completed(
     before: Float[Tensor, "B P E"], x: Float[Tensor, "B L E"], at: Place, stride: int
-) -> tuple[Float[Tensor, "B N C E"], Keep, Float[Tensor, "B P E"]]:
+) -> tuple[Float[Tensor, "B N C E"], Bool[Tensor, "B N"], Float[Tensor, "B P E"]]:
     """The groups that this call completes, which of them each row has, and the tokens to keep.
 
     Args:

@@ -35,7 +35,7 @@ def shifted(q: Queries, weight: Weight, at_q: range, at_k: range) -> Float[Tenso
     r = torch.cat(waves(distance, weight.shape[2]), -1).to(weight.dtype)
     r = einsum(weight, r, "H D E, N E -> H N D").to(q.dtype)
     by_distance = (q @ r.mT).contiguous()
-    strides = (*by_distance.stride()[:2], count - down, right)
+    strides = (*by_distance.stride()[:2], max(count - down, 0), right)  # one query: no stride
     return by_distance.as_strided(
         (*q.shape[:2], length, keys), strides, by_distance.storage_offset() + (length - 1) * down
     )

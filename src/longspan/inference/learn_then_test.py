@@ -144,13 +144,13 @@ class Calibration:
         """
         if self.accepted:
             return min(self.accepted, key=cost)
-        tried = [test for test in self.tests if test.p is not None]
-        best = min(tried, key=lambda test: test.p)
+        tried = [(test.p, n) for n, test in enumerate(self.tests) if test.p is not None]
+        best = self.tests[min(tried)[1]]
         needed = math.ceil(max(math.log(self.error) / math.log1p(-x) for x in self.levels))
         raise LongspanError(
             f"no candidate was certified: the best of {len(tried)} tested, {best.knob}, has risks "
-            f"{[round(risk, 4) for risk in best.risks or ()]} on {self.samples} samples "
-            f"(p = {best.p:.3g}), and p ≤ {self.error} was needed for {list(self.levels)}. Give "
+            f"{[round(risk, 4) for risk in best.risks or ()]} on {self.samples} samples, with "
+            f"p = {min(tried)[0]:.3g}, for levels {list(self.levels)} and error {self.error}. Give "
             f"safer candidates, larger levels or more samples (at no loss at all, about {needed})."
         )
 

@@ -1,6 +1,7 @@
 """Hourglass (Nawrot et al., 2021): a language model whose middle layers see a shorter sequence."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -58,7 +59,7 @@ class HourglassConfig(LongspanConfig):
                 len(found) % 2 == 1
                 and down[0] == 1
                 and [total for _, total in found] == down + down[-2::-1]
-                and all(b > a and b % a == 0 for a, b in zip(down, down[1:], strict=False))
+                and all(b > a and b % a == 0 for a, b in pairwise(down))
                 and min(layers for layers, _ in found) >= 0
             )
         except (ValueError, IndexError):
@@ -229,9 +230,11 @@ class HourglassModel(LongspanModel):
         self.layers = nn.ModuleList([hub.settled(Whole(config))])
         found = [(n, m) for n, m in self.named_modules() if isinstance(m, RelativeAttention)]
         for _, other in found[1:]:
-            other.u, other.v = found[0][1].u, found[0][1].v
+            other.biases = found[0][1].biases
         self._tied_weights_keys = {
-            f"{name}.{bias}": f"{found[0][0]}.{bias}" for name, _ in found[1:] for bias in "uv"
+            f"{name}.biases.{one}": f"{found[0][0]}.biases.{one}"
+            for name, _ in found[1:]
+            for one in "uv"
         }
         self.post_init()
 

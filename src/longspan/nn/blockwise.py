@@ -5,20 +5,23 @@ different places of a block. `plan` cuts a call into visits, one block of each r
 a `Frame` carries the block begun and what stood before it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from longspan.engines import dense
 from longspan.errors import LongspanError
 from longspan.nn.positions import sinusoid
 from longspan.nn.protocols import Mixer
 from longspan.shapes import Context, Inputs, Keep, Marks
+
+MANY = 16  # visits whose weights are all held for the backward pass
 
 
 class Visit(NamedTuple):
@@ -108,7 +111,7 @@ def rows(x: Float[Tensor, "B S E"], index: Int[Tensor, "B c"]) -> Float[Tensor, 
 def put(frame: Frame, new: Float[Tensor, "B c E"], visit: Visit) -> Frame:
     """The frame with a visit's tokens in its block."""
     block, size = frame.now.shape[1], new.shape[1]
-    if size == block:
+    if size == block and len(visit.place) == 1:  # every row at its start
         there = visit.here[..., None]
         return frame._replace(now=torch.where(there, new, frame.now))
     at = torch.arange(block, device=new.device) - visit.place[:, :1]
@@ -140,6 +143,13 @@ def filled(frame: Frame) -> Bool[Tensor, "B _"]:
     memory, block = frame.before.shape[1], frame.now.shape[1]
     keys = torch.arange(memory + block, device=frame.seen.device)
     return keys >= memory - frame.filled[:, None]
+
+
+def recomputed(run: Callable[..., Any], *given: Any, among: int) -> Any:
+    """run(*given), recomputed in the backward pass where it is one of many."""
+    if among > MANY and torch.is_grad_enabled():
+        return checkpoint(run, *given, use_reentrant=False)
+    return run(*given)
 
 
 class BlockAttention(Mixer):
@@ -181,6 +191,7 @@ class BlockAttention(Mixer):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
 
+    @torch.compiler.disable  # the visits of a call depend on its mask
     def forward(
         self,
         x: Inputs,
@@ -195,7 +206,7 @@ class BlockAttention(Mixer):
         cut, outs = plan(frame.seen, keep, self.block), []
         for new, visit in zip(cut.split(x), cut.visits, strict=True):
             frame = put(frame, new, visit)
-            outs.append(self._attend(new, frame, visit))
+            outs.append(recomputed(self._attend, new, frame, visit, among=len(cut.visits)))
             frame = turn(frame, visit)
             # What an earlier block left takes no gradient, be it of this call or of one before.
             frame = frame._replace(before=frame.before.detach())

@@ -3,9 +3,13 @@
 from abc import ABC, abstractmethod
 from typing import Any
 
-from torch import nn
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
 
 from longspan.shapes import Inputs, Keep
+
+Shorter = Float[Tensor, "B N E"]
+ShorterKeep = Bool[Tensor, "B N"]
 
 
 class Length(nn.Module, ABC):
@@ -26,9 +30,9 @@ class Length(nn.Module, ABC):
     @abstractmethod
     def shorten(
         self, x: Inputs, state: Any = None, *, keep: Keep | None = None
-    ) -> tuple[Inputs, Keep | None, Any]:
-        """(x': B N E, its mask: B N, what `lengthen` needs); causally N counts new groups."""
+    ) -> tuple[Shorter, ShorterKeep | None, Any]:
+        """(x', its mask, what `lengthen` needs); causally N counts new groups."""
 
     @abstractmethod
-    def lengthen(self, y: Inputs, x: Inputs, plan: Any) -> tuple[Inputs, Any]:
-        """(y: B L E, the state), from y' (B N E), the x that was shortened, and its plan."""
+    def lengthen(self, y: Shorter, x: Inputs, plan: Any) -> tuple[Inputs, Any]:
+        """(y: B L E, the state), from y', the x that was shortened, and its plan."""

@@ -149,8 +149,10 @@ class Segmented(Mixer):
             )
         if state is None:
             state = Open(self.fresh(x), x[:, :0], x.new_zeros(x.shape[0], dtype=torch.long))
-        if not x.shape[0]:
-            return x, state
+        return _read_on(self, x, state, keep) if x.numel() else (x, state)
+
+    def run(self, x: Inputs, state: Open, keep: Keep | None) -> tuple[Inputs, Open]:
+        """Every segment that x reaches into, one after the other."""
         memory, items, count = state
         kept = x.new_ones(x.shape[:2], dtype=torch.bool) if keep is None else keep
         opened = torch.arange(items.shape[1], device=x.device) < count[:, None]
@@ -159,8 +161,9 @@ class Segmented(Mixer):
             torch.cat([opened, kept], 1),
         )
         first, outs, losses = int(count.min()), [], []
-        for start in range(0, rows.shape[1], self.segment):
-            block = rows[:, start : start + self.segment]
+        # Split, not sliced: each slice's gradient would be as long as the whole.
+        for n, block in enumerate(rows.split(self.segment, 1) if rows.shape[1] else ()):
+            start = n * self.segment
             here = torch.arange(start, start + block.shape[1], device=x.device)
             seen = here < counts[:, None]
             asks = (seen & (here >= count[:, None]))[:, 0 if start else first :]
@@ -183,3 +186,7 @@ class Segmented(Mixer):
         for name in dict.fromkeys(name for found in losses for name in found):
             values = [found[name] for found in losses if name in found]
             report(self, name, torch.stack(values).mean())
+
+
+# Compiled, the loop over segments would be unrolled, anew for every length.
+_read_on: Any = torch.compiler.disable(Segmented.run)

@@ -7,9 +7,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from longspan.errors import LongspanError
+from longspan.nn.protocols import Act
+from longspan.shapes import Keys, Queries
 
 Layout = Literal["interleaved", "concatenated"]
 Spacing = Literal["paper", "inclusive"]
+Into = Literal["embeddings", "queries-and-keys"]
 
 
 def positions_from(
@@ -30,6 +33,27 @@ def positions_from(
 def consecutive(start: int, like: Float[Tensor, "B L E"]) -> Int[Tensor, "1 L"]:
     """start, start + 1, … for the tokens of `like`."""
     return torch.arange(start, start + like.shape[1], device=like.device)[None]
+
+
+def acts_into(into: Into) -> frozenset[Act]:
+    """How a position that is added acts.
+
+    Raises:
+        LongspanError: added to anything else.
+    """
+    acts: dict[str, Act] = {"embeddings": "embed", "queries-and-keys": "infuse"}
+    if into not in acts:
+        raise LongspanError(f"into is '{into}'; expected {' or '.join(acts)}.")
+    return frozenset({acts[into]})
+
+
+def one_sequence(name: str, q: Queries, k: Keys) -> None:
+    """Refuse other keys than those of the queries' own sequence, whose distances mean nothing."""
+    if q.shape[2] != k.shape[2]:
+        raise LongspanError(
+            f"{name} attends within one sequence and got {q.shape[2]} queries for {k.shape[2]} "
+            "keys, between which there is no distance: it has no cross form."
+        )
 
 
 def raster(pos: Int[Tensor, "*shape"], columns: int) -> Int[Tensor, "*shape 2"]:

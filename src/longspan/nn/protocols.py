@@ -130,7 +130,9 @@ class Position(nn.Module):
         raise self._lacks("spread")
 
     def _lacks(self, hook: Act) -> NotImplementedError:
-        return NotImplementedError(f"{type(self).__name__} acts by {sorted(self.acts)}, not {hook}.")
+        return NotImplementedError(
+            f"{type(self).__name__} acts by {sorted(self.acts)}, not {hook}."
+        )
 
 
 def _check_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

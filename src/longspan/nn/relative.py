@@ -35,11 +35,21 @@ class RelativeState(NamedTuple):
     keep: Bool[Tensor, "B S"]
 
 
+class GlobalBiases(nn.Module):
+    """u and v: what every query adds to itself before it meets content, and distance."""
+
+    def __init__(self, heads: int, head_width: int) -> None:
+        super().__init__()
+        self.u, self.v = (nn.Parameter(torch.empty(heads, head_width)) for _ in range(2))
+        for weight in (self.u, self.v):
+            nn.init.normal_(weight, std=0.02)
+
+
 class RelativeAttention(nn.Module):
     """softmax(((q_i + u)·k_j + (q_i + v)·W R(p_i − p_j)) / √D) v_j (Dai et al., 2019, Sec. 3.3).
 
     Causally p_j ≤ p_i. Places are the caller's, so that queries and keys may stand at different
-    steps. The state is every key and value, with its place.
+    steps. The state is every key and value, with its place. Layers may share `biases`, u and v.
 
     Raises:
         LongspanError: heads that do not divide the width.
@@ -52,14 +62,14 @@ class RelativeAttention(nn.Module):
                 f"width {width} with {heads} heads: expected an even width that they divide."
             )
         self.heads, self.causal = heads, causal
-        self.project = nn.ModuleDict({n: nn.Linear(width, width, bias=False) for n in "qkv"})
+        linears = {n: nn.Linear(width, width, bias=False) for n in "qkv"}
+        self.project = nn.ModuleDict(linears)
         self.output = nn.Linear(width, width, bias=False)
         self.distance = nn.Parameter(torch.empty(heads, width // heads, width))
-        self.u, self.v = (nn.Parameter(torch.empty(heads, width // heads)) for _ in range(2))
-        for linear in (*self.project.values(), self.output):
+        self.biases = GlobalBiases(heads, width // heads)
+        for linear in (*linears.values(), self.output):
             nn.init.xavier_uniform_(linear.weight)
-        for weight in (self.distance, self.u, self.v):
-            nn.init.normal_(weight, std=0.02)
+        nn.init.normal_(self.distance, std=0.02)
 
     def forward(
         self, x: Inputs, at: Places, source: Source, state: RelativeState | None = None
@@ -98,7 +108,7 @@ class RelativeAttention(nn.Module):
         return self._heads("k", x), self._heads("v", x)
 
     def _content(self, k: Tensor) -> Tensor:
-        return self.u.to(k.dtype)[:, None] @ k.mT
+        return self.biases.u.to(k.dtype)[:, None] @ k.mT
 
     def _even(
         self, q: Tensor, k: Tensor, v: Tensor, at: range, of_keys: range, keep: Keep | None
@@ -108,7 +118,7 @@ class RelativeAttention(nn.Module):
         def bias(q: Tensor, k: Tensor, pos_q: Tensor, pos_k: Tensor) -> Tensor:
             start = int(pos_q[0]) - offset
             i, j = at[start : start + q.shape[2]], of_keys[: k.shape[2]]
-            v_bias, weight = self.v.to(q.dtype)[:, None], self.distance.to(q.dtype)
+            v_bias, weight = self.biases.v.to(q.dtype)[:, None], self.distance.to(q.dtype)
             scores = relative.shifted(q + v_bias, weight, i, j) + self._content(k)
             if self.causal and not own:
                 p_q, p_k = (numbers(r, q)[0] for r in (i, j))
@@ -122,7 +132,7 @@ class RelativeAttention(nn.Module):
     def _any(
         self, q: Tensor, k: Tensor, v: Tensor, at: Tensor, of_keys: Tensor, keep: Keep | None
     ) -> Tensor:
-        v_bias = self.v.to(q.dtype)[:, None]
+        v_bias = self.biases.v.to(q.dtype)[:, None]
         scores = relative.factorised(q + v_bias, self.distance, at, of_keys)
         bias = (scores + self._content(k)) * q.shape[3] ** -0.5
         seen = None if keep is None else keep[:, None, None]

@@ -1,6 +1,7 @@
-"""What a call costs, counted rather than timed: FLOPs and bytes written."""
+"""What a call costs, counted rather than timed: FLOPs, bytes written and bytes held."""
 
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,40 @@ class _Written(TorchDispatchMode):
             if isinstance(t, Tensor) and _storage(t) not in given:  # views and in-place results
                 self.total += t.numel() * t.element_size()
         return out
+
+
+class _Held(TorchDispatchMode):
+    """Follows the storages that operators make until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if not isinstance(t, Tensor) or _storage(t) in given:
+                continue
+            storage = t.untyped_storage()
+            key = storage._cdata
+            if key not in self.alive:
+                self.alive[key] = storage.nbytes()
+                weakref.finalize(storage, self.alive.pop, key, None)
+        self.most = max(self.most, sum(self.alive.values()))
+        return out
+
+
+def held(call: Callable[[], object]) -> int:
+    """The most bytes that tensors made by a call hold at one time, its results included.
+
+    Of tensors alone: what an allocator keeps beside them is its own affair.
+    """
+    watched = _Held()
+    with watched:
+        call()
+    return watched.most
 
 
 def _storage(t: Tensor) -> int:

@@ -12,6 +12,7 @@ from longspan.engines.pattern.banded import Banded, Blocks  # noqa: E402
 from longspan.engines.pattern.biased import Biased, ByDistance, ByPair, ByRun, biased  # noqa: E402
 from longspan.engines.pattern.fold import Fold  # noqa: E402
 from longspan.engines.pattern.listed import Listed  # noqa: E402
+from longspan.engines.pattern.recent import Far, Near, recent  # noqa: E402
 from longspan.engines.pattern.values import (  # noqa: E402
     ALL,
     Both,
@@ -35,6 +36,7 @@ from longspan.engines.pattern.values import (  # noqa: E402
     per_head,
     tables,
 )
+from longspan.engines.pattern.windows import ByPlace, Windows  # noqa: E402
 
 __all__ = [
     "ALL",
@@ -45,15 +47,18 @@ __all__ = [
     "Both",
     "ByDistance",
     "ByPair",
+    "ByPlace",
     "ByRun",
     "Cells",
     "Chance",
     "Coarse",
+    "Far",
     "Fold",
     "History",
     "Hubs",
     "Listed",
     "Listing",
+    "Near",
     "Pattern",
     "PerHead",
     "Prefixed",
@@ -63,6 +68,7 @@ __all__ = [
     "Union",
     "UnlessShort",
     "Window",
+    "Windows",
     "attend",
     "biased",
     "causal",
@@ -70,6 +76,7 @@ __all__ = [
     "layouts",
     "listing",
     "per_head",
+    "recent",
     "stream",
     "tables",
 ]

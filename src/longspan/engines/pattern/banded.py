@@ -80,26 +80,38 @@ class Blocks:
         tile: Callable[..., tuple[Tensor, Tensor, Tensor]] = tile_backward,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(dq, dk, dv), each range of blocks by `tile`."""
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for first, last in self._ranges(q, k.shape[2]):
-            rows = slice(first * self.size, last * self.size)
-            part, *key_parts = tile(
-                self._views(do, first, last, self.size),
-                self._views(q, first, last, self.size),
-                self._views(k, first, last, self.span),
-                self._views(v, first, last, self.span),
-                self._views(o, first, last, self.size),
-                lse[:, rows].unflatten(1, (-1, self.size)),
-                self.mask(first, last),
-                scale,
-            )
-            dq[:, rows] = part.flatten(1, 2)
-            for grad, each in zip((dk, dv), key_parts, strict=True):
-                for strip in range(0, self.span, self.size):
-                    start = first * self.size + strip
-                    block = grad[:, start : start + rows.stop - rows.start]
-                    block.unflatten(1, (-1, self.size)).add_(each[:, :, strip : strip + self.size])
-        return dq, dk, dv
+        grads = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for blocks in self._ranges(q, k.shape[2]):
+            self._range_backward(blocks, grads, (do, q, k, v, o, lse), scale, tile)
+        return grads
+
+    def _range_backward(
+        self,
+        blocks: tuple[int, int],
+        grads: tuple[Tensor, Tensor, Tensor],
+        inputs: tuple[Tensor, ...],
+        scale: float,
+        tile: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    ) -> None:
+        """Put a range's gradients into `grads`; what it needs is freed before the next."""
+        (first, last), (do, q, k, v, o, lse) = blocks, inputs
+        rows = slice(first * self.size, last * self.size)
+        part, *key_parts = tile(
+            self._views(do, first, last, self.size),
+            self._views(q, first, last, self.size),
+            self._views(k, first, last, self.span),
+            self._views(v, first, last, self.span),
+            self._views(o, first, last, self.size),
+            lse[:, rows].unflatten(1, (-1, self.size)),
+            self.mask(first, last),
+            scale,
+        )
+        grads[0][:, rows] = part.flatten(1, 2)
+        for grad, each in zip(grads[1:], key_parts, strict=True):
+            for strip in range(0, self.span, self.size):
+                start = first * self.size + strip
+                block = grad[:, start : start + rows.stop - rows.start]
+                block.unflatten(1, (-1, self.size)).add_(each[:, :, strip : strip + self.size])
 
 
 class Banded(Layout):
@@ -124,7 +136,7 @@ class Banded(Layout):
         for window in dict.fromkeys(windows):
             heads = [h for h, w in enumerate(windows) if w == window]
             size = q.shape[2] * q.shape[3] * q.element_size() // window.dilation
-            together = max(1, 4 * pattern.WORKSPACE // max(size, 1))
+            together = max(1, pattern.WORKSPACE // max(size, 1))
             for start in range(0, len(heads), together):
                 some = heads[start : start + together]
                 if some == list(range(some[0], some[-1] + 1)):
@@ -242,5 +254,6 @@ def cut(t: Tensor, low: int, length: int) -> Tensor:
     """t[…, low : low + length, :] with zeros outside, rows flattened: X length D, contiguous."""
     start, stop = max(low, 0), min(low + length, t.shape[2])
     inside = t[:, :, start:stop]
-    outside = (0, 0, start - low, low + length - stop)
-    return F.pad(inside, outside).flatten(0, 1).contiguous()
+    if stop - start < length:
+        inside = F.pad(inside, (0, 0, start - low, low + length - stop))
+    return inside.flatten(0, 1).contiguous()

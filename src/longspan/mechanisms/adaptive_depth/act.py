@@ -46,6 +46,8 @@ class AdaptiveComputationTime(Depth):
         output: `sum` as above, or `running`: y ← w^n s^n + (1 − w^n) y (Dehghani et al., 2018,
             App.), in which earlier states fade.
         reads: p^n from the state `after` its step, or `before` it (Dehghani et al.).
+        copies: halted positions keep their state; if not, they go on changing for others to attend
+            to, and only their output stands (tensor2tensor).
         each: a decision for each `position`, or one for a `sequence` by its mean p, which peeks
             and is refused where steps carry a state.
 
@@ -63,6 +65,7 @@ class AdaptiveComputationTime(Depth):
         bias: float = 1.0,
         output: Literal["sum", "running"] = "sum",
         reads: Literal["after", "before"] = "after",
+        copies: bool = True,
         each: Literal["position", "sequence"] = "position",
     ) -> None:
         super().__init__()
@@ -76,7 +79,7 @@ class AdaptiveComputationTime(Depth):
         if not 0 < eps < 1:
             raise LongspanError(f"act: eps is {eps}; expected a number between 0 and 1.")
         self.eps, self.cost = eps, cost
-        self.output, self.reads, self.each = output, reads, each
+        self.output, self.reads, self.copies, self.each = output, reads, copies, each
         self.halt = nn.Linear(width, 1)
         nn.init.constant_(self.halt.bias, bias)
 
@@ -98,7 +101,8 @@ class AdaptiveComputationTime(Depth):
         taken, carried, carries = kept.long() * 0, [], True
         for n, step in enumerate(steps):
             before = x
-            x, state = onward(step, x, states and states[n], active, carries=carries)
+            going = active if self.copies or not (carries or bool(active.any())) else kept
+            x, state = onward(step, x, states and states[n], going, carries=carries)
             carries = state is not None
             carried.append(state)
             if carries and self.each == "sequence":

@@ -63,13 +63,13 @@ class Convolution(nn.Module):
         tiny={
             "width": 24,
             "heads": 3,
-            "segment": 6,
-            "memory": 10,
+            "segment": 12,
+            "memory": 16,
             "compressed": 5,
             "rate": 2,
             "loss": "bptt",
         },
-        exact={"width": 24, "heads": 3, "segment": 6, "memory": 0, "rate": 2, "loss": "bptt"},
+        exact={"width": 24, "heads": 3, "segment": 12, "memory": 0, "rate": 2, "loss": "bptt"},
     )
 )
 class CompressiveTransformer(Segmented):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from longspan.card import Card
 from longspan.engines import pool
 from longspan.errors import LongspanError
-from longspan.nn.lengths import Length
+from longspan.nn.lengths import Length, Shorter, ShorterKeep
 from longspan.nn.relative import Places, RelativeBlock, RelativeState, Source
 from longspan.registry import mechanism
 from longspan.shapes import Inputs, Keep
@@ -114,7 +114,7 @@ class Hourglass(Length):
 
     def shorten(
         self, x: Inputs, state: HourglassState | None = None, *, keep: Keep | None = None
-    ) -> tuple[Inputs, Keep | None, Plan]:
+    ) -> tuple[Shorter, ShorterKeep | None, Plan]:
         factor, unit, (batch, length, width) = self.factor, self.unit, x.shape
         if keep is not None:
             x = x.masked_fill(~keep[..., None], 0)
@@ -150,9 +150,7 @@ class Hourglass(Length):
         y = y if has is None else y.masked_fill(~has[..., None], 0)
         return y, has, Plan(keep, has, at, at_groups, place, before, down, state)
 
-    def lengthen(
-        self, y: Inputs, x: Inputs, plan: Plan
-    ) -> tuple[Inputs, HourglassState | None]:
+    def lengthen(self, y: Shorter, x: Inputs, plan: Plan) -> tuple[Inputs, HourglassState | None]:
         factor, state = self.factor, plan.state
         parts = y[:, :, None].expand(-1, -1, factor, -1)
         if self.unpool is not None:

@@ -31,6 +31,7 @@ from longspan.shapes import Keys, Queries
         time="L*S",
         memory="L*S",
         tiny={"heads": 3},
+        exact={"heads": 3, "slopes": (0.0, 0.0, 0.0)},
     )
 )
 class ALiBi(Position):

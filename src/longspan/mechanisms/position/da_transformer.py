@@ -6,9 +6,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from longspan.card import Card
-from longspan.engines import dense, given
+from longspan.engines import dense, distance, given
 from longspan.nn import Attention, Bias
-from longspan.nn.positions import at_least_float32
+from longspan.nn.positions import at_least_float32, one_sequence
 from longspan.registry import mechanism
 from longspan.shapes import Keep, Keys, Outputs, Queries, Values
 
@@ -24,7 +24,7 @@ from longspan.shapes import Keep, Keys, Outputs, Queries, Values
         link="https://arxiv.org/abs/2010.06925",
         what="Multiplies rectified scores by a learned function of the distance, so that each head "
         "favours near or far keys.",
-        modes={"bidirectional", "causal", "cross", "step"},
+        modes={"bidirectional", "causal", "step"},
         time="L*S*D + L*S*V",
         memory="S*D + S*V",
         tiny={"heads": 3},
@@ -46,6 +46,9 @@ class DistanceAware(Attention):
         beta: β at the start.
         rectified: relu, without which a factor above 1 lowers negative scores (Sec. 4.4).
         saturating: f; without it α R is the factor itself (Sec. 4.4), zero on the diagonal.
+
+    Raises:
+        LongspanError: other than as many keys as queries in the bidirectional form.
     """
 
     takes_bias = True
@@ -77,6 +80,8 @@ class DistanceAware(Attention):
         keep: Keep | None = None,
         bias: Bias | None = None,
     ) -> tuple[Outputs, given.Past | None]:
+        if not self.causal:
+            one_sequence(type(self).__name__, q, k)
         whole = state is None and keep is None
         past = given.extended(state, k, v, keep)
         o, _ = dense.tiled(
@@ -92,16 +97,17 @@ class DistanceAware(Attention):
         )
         return o, past if self.causal else None
 
-    def factor(
-        self, pos_q: Int[Tensor, "L"], pos_k: Int[Tensor, "S"]
-    ) -> Float[Tensor, "H L S"]:
+    def factor(self, pos_q: Int[Tensor, "L"], pos_k: Int[Tensor, "S"]) -> Float[Tensor, "H L S"]:
         """f(α R), or α R: of all distances once, in at least float32, then put in place."""
-        wide = at_least_float32(self.alpha)
-        distance = (pos_q[:, None] - pos_k).abs()
-        steps = torch.arange(int(distance.max()) + 1 if distance.numel() else 1, device=pos_q.device)
-        scaled = self.alpha.to(wide)[:, None] * steps
+        length, keys = len(pos_q), len(pos_k)
+        if not length or not keys:
+            return self.alpha.new_zeros(len(self.alpha), length, keys)
+        # In float64: there are few distances, and α's gradient is a sum weighted by them.
+        alpha = self.alpha.double()
+        apart = torch.arange(length + keys - 1, device=pos_q.device) + pos_k[0] - pos_q[-1]
+        scaled = alpha[:, None] * apart.abs()
         if self.beta is not None:
-            beta = self.beta.to(wide)[:, None]
+            beta = self.beta.double()[:, None]
             # log f = softplus(β) − softplus(β − R): no exponential of a distance.
             scaled = (F.softplus(beta) - F.softplus(beta - scaled)).exp()
-        return scaled[:, distance]
+        return distance.toeplitz(scaled.to(at_least_float32(self.alpha)), length, keys)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from longspan.card import Card
 from longspan.errors import LongspanError
 from longspan.nn import Position
-from longspan.nn.positions import at_least_float32, consecutive
+from longspan.nn.positions import Into, acts_into, at_least_float32, consecutive
 from longspan.registry import mechanism
 from longspan.shapes import Inputs
 
@@ -30,6 +30,7 @@ from longspan.shapes import Inputs
         time="L*E",
         memory="L*E",
         tiny={"width": 24, "length": 64},
+        exact={"width": 24, "length": 64, "std": 0.0},
     )
 )
 class LearnedPosition(Position):
@@ -41,15 +42,24 @@ class LearnedPosition(Position):
         width: E. length: positions 0 … length − 1 are known.
         std: of the normal initialisation (fairseq: E^(−1/2)).
         offset: rows before that of position 0 (BART and RoBERTa: 2, their padding id + 1).
+        into: `embeddings`, or `queries-and-keys`: in every layer a table of its own, added to what
+            queries and keys, but not values, are projected from.
 
     Raises:
-        LongspanError: a position outside 0 … length − 1.
+        LongspanError: a position outside 0 … length − 1; an unknown `into`.
     """
 
-    acts = frozenset({"embed"})
-
-    def __init__(self, *, width: int, length: int, std: float = 0.02, offset: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        width: int,
+        length: int,
+        std: float = 0.02,
+        offset: int = 0,
+        into: Into = "embeddings",
+    ) -> None:
         super().__init__()
+        self.acts = acts_into(into)
         self.width, self.length, self.std, self.offset = width, length, std, offset
         self.table = nn.Parameter(torch.empty(offset + length, width))
         nn.init.normal_(self.table, std=std)
@@ -62,6 +72,9 @@ class LearnedPosition(Position):
         elif pos.numel() and not torch.compiler.is_compiling():
             self._check(*(int(end) for end in torch.aminmax(pos)))
         return x + F.embedding(pos + self.offset, self.table).to(x.dtype)
+
+    def infuse(self, x: Inputs, pos: Int[Tensor, "#B L"] | int = 0) -> Inputs:
+        return self.embed(x, pos)
 
     def _check(self, first: int, last: int) -> None:
         if first < 0:

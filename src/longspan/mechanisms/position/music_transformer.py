@@ -7,7 +7,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from longspan.card import Card
-from longspan.engines import dense, given, relative
+from longspan.engines import dense, distance, given
 from longspan.engines.average.tokens import reordered
 from longspan.errors import LongspanError
 from longspan.nn import Attention
@@ -121,10 +121,10 @@ class RelativeAttention(Attention):
 
         def bias(q: Tensor, _: Tensor, pos_q: Tensor, pos_k: Tensor) -> Tensor:
             q = q.to(wide) * scale
-            s = relative.scores(q, self.table.to(wide), pos_q, pos_k, before=self.length - 1)
+            s = distance.scores(q, self.table.to(wide), pos_q, pos_k, before=self.length - 1)
             for table, index in zip(self.related, related, strict=True):
                 own = index[:, pos_q - keys + length, : len(pos_k)]
-                s = s + relative.by_index(q, table.to(wide), own)
+                s = s + distance.by_index(q, table.to(wide), own)
             return s
 
         o, _ = dense.tiled(
@@ -143,14 +143,14 @@ class RelativeAttention(Attention):
         before = self.length - 1
         count = keep.sum(1)
         if bool(keep.all()):
-            o = relative.local(q, k, v, self.table, block=block, keep=keep, before=before)
+            o = distance.local(q, k, v, self.table, block=block, keep=keep, before=before)
         else:
             # Kept tokens first, so that blocks count them alone.
             order = (~keep).to(torch.uint8).argsort(dim=1, stable=True)
             q = nn.functional.pad(q, (0, 0, keys - length, 0))
             q, k, v = (reordered(t, order) for t in (q, k, v))
             keep = keep.gather(1, order)
-            o = relative.local(q, k, v, self.table, block=block, keep=keep, before=before)
+            o = distance.local(q, k, v, self.table, block=block, keep=keep, before=before)
             o = reordered(o, order.argsort(1)[:, keys - length :])
         # Whole blocks that no later query sees are left out.
         drop = (count - block).clamp(min=0) // block * block

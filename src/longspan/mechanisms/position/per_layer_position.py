@@ -34,7 +34,7 @@ class PerLayerPosition(Position):
     """x^n ← x^n + P^n before layer n, with tables of each layer's own (Sec. 3.4).
 
     What is added flows on in the residual stream. The paper's training, with losses at the layers
-    between, is `longspan.training.DeepSupervision`.
+    between, is `longspan.training.supervision`.
 
     Args:
         width: E. layers: N.

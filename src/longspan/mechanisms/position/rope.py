@@ -29,14 +29,15 @@ Planes = Literal["interleaved", "half-split"]
         modes={"bidirectional", "causal", "cross", "step"},
         time="L*D",
         memory="L*D",
+        exact={"channels": 0},
     )
 )
 class RotaryPosition(Position):
     """(R_i q)·(R_j k) = qᵀ R_{j−i} k: plane c is turned by the angle i θ_c, θ_c = base^(−2c/D).
 
     (Eqs. 14 to 16, whose c starts at 1.) Angles, cos and sin are computed in at least float32.
-    Keys are cached as rotated. D is read off the input, so a linear attention can rotate its
-    features φ(q), φ(k) in the numerator alone (Eq. 19):
+    Keys are cached as rotated. A linear attention that takes turns rotates its features
+    φ(q), φ(k) in the numerator alone (Eq. 19), as does `linear-transformer` with rotated=True:
 
         o_i = Σ_j (R_i φ(q_i))·(R_j φ(k_j)) v_j / Σ_j φ(q_i)·φ(k_j)
 

@@ -5,7 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from longspan.card import Card
-from longspan.engines import relative
+from longspan.engines import distance
 from longspan.errors import LongspanError
 from longspan.nn import Position
 from longspan.nn.positions import at_least_float32
@@ -88,7 +88,7 @@ class ShawRelativePosition(Position):
             raise self._lacks("bias")
         wide = at_least_float32(q)
         q = q.to(wide) / q.shape[-1] ** 0.5
-        return relative.scores(q, self.keys.to(wide), pos_q, pos_k, before=self.reach)
+        return distance.scores(q, self.keys.to(wide), pos_q, pos_k, before=self.reach)
 
     def spread(
         self,
@@ -99,4 +99,4 @@ class ShawRelativePosition(Position):
         if self.values is None:
             raise self._lacks("spread")
         table = self.values.to(weights.dtype)
-        return relative.spread(weights, table, pos_q, pos_k, before=self.reach)
+        return distance.spread(weights, table, pos_q, pos_k, before=self.reach)

@@ -8,8 +8,10 @@ from longspan.card import Card
 from longspan.errors import LongspanError
 from longspan.nn import Position
 from longspan.nn.positions import (
+    Into,
     Layout,
     Spacing,
+    acts_into,
     at_least_float32,
     consecutive,
     raster,
@@ -46,12 +48,13 @@ class SinusoidalPosition(Position):
         offset: added to every position (fairseq starts at 2, its padding id + 1).
         axial: half the channels for the row, half for the column; pos then ends in (row, column).
         columns: width of the grid, so that the axial form takes flat row-major positions.
+        into: `embeddings`, or `queries-and-keys`: added in every layer to what queries and keys,
+            but not values, are projected from.
 
     Raises:
-        LongspanError: an unknown layout or spacing, axial with an odd width or flat positions.
+        LongspanError: an unknown layout, spacing or `into`, axial with an odd width or flat
+            positions.
     """
-
-    acts = frozenset({"embed"})
 
     def __init__(
         self,
@@ -62,8 +65,10 @@ class SinusoidalPosition(Position):
         offset: int = 0,
         axial: bool = False,
         columns: int | None = None,
+        into: Into = "embeddings",
     ) -> None:
         super().__init__()
+        self.acts = acts_into(into)
         if columns is not None and not axial:
             raise LongspanError(
                 "columns lay out a grid: build sinusoidal-position with axial=True."
@@ -91,6 +96,11 @@ class SinusoidalPosition(Position):
                 "expected an even width and B L 2, or flat positions with columns= given."
             )
         return x + self.table(pos, width // 2, dtype).flatten(-2).to(x.dtype)
+
+    def infuse(
+        self, x: Inputs, pos: Int[Tensor, "#B L"] | Int[Tensor, "#B L 2"] | int = 0
+    ) -> Inputs:
+        return self.embed(x, pos)
 
     def table(
         self, pos: Int[Tensor, "*shape"], width: int, dtype: torch.dtype = torch.float32

@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from longspan.card import Card
-from longspan.engines.relative import shift
+from longspan.engines.distance import shift
 from longspan.errors import LongspanError
 from longspan.nn import Position
 from longspan.nn.positions import at_least_float32, sinusoid

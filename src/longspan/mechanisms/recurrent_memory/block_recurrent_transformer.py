@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from longspan.card import Card
 from longspan.engines import dense
@@ -158,6 +157,7 @@ class BlockRecurrent(Mixer):
             self.last_gate = Gate(gate, width, inner)
             self.inner_norm = nn.LayerNorm(width) if layout == "dual" else nn.Identity()
 
+    @torch.compiler.disable  # the visits of a call depend on its mask
     def forward(
         self,
         x: Inputs,
@@ -170,11 +170,10 @@ class BlockRecurrent(Mixer):
         x, keep = blockwise.alone(self, x, keep, context, marks)
         slots, frame = self.begin(x) if state is None else state
         cut, outs = blockwise.plan(frame.seen, keep, self.window), []
-        again = torch.is_grad_enabled() and len(cut.visits) > 16
         for new, visit in zip(cut.split(x), cut.visits, strict=True):
-            given = new, slots, frame, visit
-            run = checkpoint(self.visit, *given, use_reentrant=False) if again else None
-            y, slots, frame = self.visit(*given) if run is None else run
+            y, slots, frame = blockwise.recomputed(
+                self.visit, new, slots, frame, visit, among=len(cut.visits)
+            )
             outs.append(y)
         return cut.join(outs, x), Recurrent(*detach((slots, frame)))
 
@@ -185,7 +184,6 @@ class BlockRecurrent(Mixer):
         frame = blockwise.fresh(x, block=window, memory=window, width=2 * self.width)
         return Recurrent(slots, frame)
 
-    @torch.compiler.disable  # which rows end a block depends on the data
     def visit(
         self,
         x: Inputs,

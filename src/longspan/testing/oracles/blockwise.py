@@ -109,3 +109,91 @@ def _block_recurrent(module, x: Tensor) -> Tensor:
             g = torch.sigmoid(module.gate.bias)
             state = state * g + z * (1 - g)
     return torch.stack(out) if out else x
+
+
+@oracle("infinite-former")
+def infinite_former(module, x: Tensor, *, keep: Tensor | None) -> Tensor:
+    return row_by_row(_infinite_former, module, x, keep)
+
+
+def bell(t, mean, deviation):
+    return torch.exp(-(((t - mean) / deviation) ** 2) / 2) / (deviation * math.sqrt(2 * math.pi))
+
+
+def fit(x: Tensor, t: Tensor, centres: Tensor, deviations: Tensor, penalty: float) -> Tensor:
+    """argmin_B Σ (x_i − Bᵀψ(t_i))² + λ|B|², with zeros half as many again on either side."""
+    half, n = len(t) // 2, len(t)
+    outside = [(k + 0.5) / n for k in (*range(-half, 0), *range(n, n + half))]
+    places = torch.cat([t, torch.tensor(outside, dtype=t.dtype)])
+    f = bell(places[:, None], centres, deviations)
+    wanted = torch.cat([x, x.new_zeros(len(outside), x.shape[1])])
+    square = f.T @ f + penalty * torch.eye(f.shape[1], dtype=f.dtype)
+    return torch.linalg.inv(square) @ f.T @ wanted
+
+
+def _infinite_former(module, x: Tensor) -> Tensor:
+    """Normal densities, sticky memory."""
+    size, heads, count = module.segment, module.heads, module.samples
+    each = module.basis // len(module.widths)
+    centres = torch.cat([torch.linspace(0, 1, each, dtype=torch.float64) for _ in module.widths])
+    deviations = torch.tensor([w for w in module.widths for _ in range(each)], dtype=torch.float64)
+    out, b = [_within_blocks(module.local, x)], None
+    for n, start in enumerate(range(0, len(x), size)):
+        now = x[start : start + size]
+        looked = torch.zeros(module.bins, dtype=torch.float64)
+        if b is not None:
+            signal = b.to(x.dtype)
+            q, k, v = (
+                module.project[name](t).unflatten(1, (heads, -1))
+                for name, t in (("q", now), ("k", signal), ("v", signal))
+            )
+            scores = torch.einsum("ihd,jhd->ihj", q, k) / q.shape[2] ** 0.5
+            mean, raw = module.place(scores).unbind(-1)
+            mean = torch.sigmoid(mean)
+            variance = torch.log1p(torch.exp(raw)).clamp(min=1e-4)
+            r = bell(mean[..., None], centres, (deviations**2 + variance[..., None]).sqrt())
+            read = torch.einsum("ihj,jhd->ihd", r.to(x.dtype), v).flatten(1)
+            out[0] = out[0] + torch.cat(
+                [
+                    x.new_zeros(start, x.shape[1]),
+                    module.output(read),
+                    x.new_zeros(len(x) - start - len(now), x.shape[1]),
+                ]
+            )
+            edges = torch.linspace(0, 1, module.bins + 1, dtype=torch.float64)
+            with torch.no_grad():
+                z = (edges - mean.double()[..., None]) / variance.double().sqrt()[..., None]
+                below = (1 + torch.erf(z / math.sqrt(2))) / 2
+                looked = (below[..., 1:] - below[..., :-1]).sum((0, 1))
+        if len(now) < size:
+            continue
+        data = now.detach().double()
+        if b is None:
+            t = (torch.arange(size) + 0.5) / size
+            b = fit(data, t.double(), centres, deviations, module.penalty)
+            continue
+        share = (looked / looked.sum()).cumsum(0)
+        generator = torch.Generator().manual_seed(module.seed + n)
+        draws = torch.rand(count, generator=generator, dtype=torch.float64).sort().values
+        old = torch.zeros(count, x.shape[1], dtype=torch.float64)
+        for m, u in enumerate(draws):
+            bin = min(int((share < u).sum()), module.bins - 1)
+            under = share[bin - 1] if bin else torch.zeros(())
+            t = (bin + (u - under) / (share[bin] - under)) / module.bins
+            old[m] = bell(t, centres, deviations) @ b
+        places = [module.tau * (m + 1) / count for m in range(count)]
+        places += [module.tau + (1 - module.tau) * (i + 1) / size for i in range(size)]
+        t = torch.tensor(places, dtype=torch.float64)
+        b = fit(torch.cat([old, data]), t, centres, deviations, module.penalty)
+    return out[0]
+
+
+def _within_blocks(local, x: Tensor) -> Tensor:
+    """Causal attention within each block, without positions."""
+    out = []
+    for i in range(len(x)):
+        own = x[i // local.block * local.block : i + 1]
+        q = local.project["q"](x[i : i + 1]).unflatten(1, (local.heads, -1))
+        k, v = (local.project[n](own).unflatten(1, (local.heads, -1)) for n in "kv")
+        out.append(local.output(read(q / q.shape[2] ** 0.5, k, v))[0])
+    return torch.stack(out) if out else x
