@@ -1,6 +1,6 @@
 """Each law of length catches the mechanism that breaks it: liars are built on purpose."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -115,7 +115,7 @@ LIARS: dict[str, list[type[Length]]] = {
 
 
 @pytest.fixture
-def declare(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def declare(monkeypatch: pytest.MonkeyPatch) -> Callable[[type], Card]:
     def put(builder: type) -> Card:
         card = Card(
             id=f"liar-{builder.__name__.lower()}",
@@ -134,7 +134,7 @@ def declare(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         monkeypatch.setitem(registry._registered, card.id, (card, builder))
         return card
 
-    yield put
+    return put
 
 
 @pytest.mark.parametrize(

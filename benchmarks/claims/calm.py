@@ -2,9 +2,8 @@
 
 Trains a byte decoder with a classifier after every block on the standard library's source, finds
 each measure's threshold by Learn then Test on prompts drawn from the validation files, and measures
-on other prompts, from the test files: loss, layers, FLOPs counted (those
-of prompts included), tokens a second. Writes
-`results/calm.json`.
+on other prompts, from the test files: loss, layers, FLOPs counted (those of prompts included),
+tokens a second. Writes `results/calm.json`.
 """
 
 import argparse
@@ -170,7 +169,7 @@ def main() -> None:
         row = {"measure": name, **measured(model, calibration, test, given.level, given.error)}
         rows.append(row)
         print(
-            f"{name}: λ = {row['threshold']}, certified P(E[loss] ≤ {given.level}) ≥ "
+            f"{name}: λ = {row['threshold']}{' (nothing certified)' * row['fell_back']}, certified P(E[loss] ≤ {given.level}) ≥ "
             f"{1 - given.error}; on test prompts loss {row['test_loss']}, "
             f"{row['mean_depth']} of {LAYERS} layers, FLOPs × {row['flops_counted_of_full']}, "
             f"{row['speedup']} times as fast",

@@ -28,8 +28,9 @@ THEIRS: dict[str, Any] = {
 
 
 def config(**fields: Any) -> FunnelConfig:
-    chosen: dict[str, Any] = SIZES | {"blocks": "1-2-1x2", "decoder_layers": 1, "dropout": 0.0}
-    return FunnelConfig(**(chosen | {"attention_dropout": 0.0} | fields))
+    chosen: Any = SIZES | {"blocks": "1-2-1x2", "decoder_layers": 1, "dropout": 0.0}
+    chosen |= {"attention_dropout": 0.0} | fields
+    return FunnelConfig(**chosen)
 
 
 def pair(kind: str, ours: Any, fields: dict[str, Any] | None = None, **own: Any) -> tuple[Any, Any]:

@@ -53,7 +53,9 @@ def test_expectations_are_those_of_quadrature(kind: Any) -> None:
             psi = density(LINE, centres[j], deviations[j] ** 2, "softmax")
             want = torch.trapezoid(p * psi, LINE)
             assert_close(got[i, j], want, atol=1e-6, rtol=0)
-        below = continuous.below(torch.tensor([0.3]).double(), MEANS[i : i + 1], VARIANCES[i : i + 1], kind)
+        below = continuous.below(
+            torch.tensor([0.3]).double(), MEANS[i : i + 1], VARIANCES[i : i + 1], kind
+        )
         want = torch.trapezoid(p * (LINE <= 0.3), LINE)
         assert_close(below[0, 0], want, atol=2e-5, rtol=0)
 
@@ -110,7 +112,9 @@ def test_sticky_samples_follow_the_histogram_within_its_bins() -> None:
     u = (torch.arange(40_000, dtype=torch.float64) + 0.5)[None] / 40_000
     t = continuous.quantiles(mass, u)[0]
     counts = torch.histc(t, 8, 0, 1)
-    assert_close(counts, torch.tensor([0, 0, 15000, 15000, 5000, 5000, 0, 0]).double(), atol=2, rtol=0)
+    assert_close(
+        counts, torch.tensor([0, 0, 15000, 15000, 5000, 5000, 0, 0]).double(), atol=2, rtol=0
+    )
     assert bool((t.diff() >= 0).all())
 
 

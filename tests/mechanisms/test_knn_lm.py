@@ -239,10 +239,11 @@ def test_two_logits_a_token_score_as_all_of_them_do(tmp_path: Path) -> None:
 
 
 def test_own_position_is_excluded_on_stored_text(tmp_path: Path) -> None:
-    store, lm = stored(tmp_path), model()
+    store, lm = Datastore.create(tmp_path, width=WIDTH, dtype=torch.float32), model()
+    store.read(lm, stream(), window=149)
     source = Stored(store, 3, own=0)
-    kept = neighbours(lm, stream(), source, window=32)
-    free = neighbours(lm, stream(), Stored(store, 3), window=32)
+    kept = neighbours(lm, stream(), source, window=149)
+    free = neighbours(lm, stream(), Stored(store, 3), window=149)
     assert (free.scores[0, :, 0] > -1e-6).all(), "stored text finds itself"
     assert (kept.scores[0, :, 0] < -1e-4).all()
     assert torch.equal(kept.values[..., :2], free.values[..., 1:])

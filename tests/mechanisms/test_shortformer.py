@@ -119,8 +119,9 @@ def test_caches_of_any_length_stream(memory: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("id", "given"), [("multi-head-attention", {}), ("linear-transformer", {}), ("longformer", {"window": 6})]
-)  # fmt: skip
+    ("id", "given"),
+    [("multi-head-attention", {}), ("linear-transformer", {}), ("longformer", {"window": 6})],
+)
 def test_any_attention_takes_infused_positions(id: str, given: dict) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -183,7 +184,7 @@ def test_stages_keep_the_tokens_of_a_batch() -> None:
     assert [n for n in range(len(stages)) if stages.starts(n)] == [0, 12]
     assert torch.equal(stages[13]["input_ids"][0], torch.from_numpy(DATA[8:16].astype(np.int64)))
     for wrong in ([Stage(4)], [Stage(5, steps=1)], [Stage(4, 1, 1)], []):
-        with pytest.raises(LongspanError, match="expected|at least one"):
+        with pytest.raises(LongspanError, match=r"expected|at least one"):
             Stages(DATA, tokens=16, stages=wrong)
 
 

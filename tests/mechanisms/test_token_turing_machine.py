@@ -31,13 +31,18 @@ def machine(**arguments: Any) -> Any:
 PARTS = [
     {"summariser": s, "write": w, "processor": p, "positions": where}
     for s, w, p, where in product(
-        ("learner", "attention"), ("summary", "erase"), ("transformer", "mixer", "mlp"), (True, False)
+        ("learner", "attention"),
+        ("summary", "erase"),
+        ("transformer", "mixer", "mlp"),
+        (True, False),
     )
-]  # fmt: skip
+]
 SIMPLIFIED = [{"simplified": True, "processor": p} for p in ("transformer", "mixer", "mlp")]
 
 
-@pytest.mark.parametrize("parts", [*PARTS, *SIMPLIFIED, {"write": "erase", "released": True}], ids=str)
+@pytest.mark.parametrize(
+    "parts", [*PARTS, *SIMPLIFIED, {"write": "erase", "released": True}], ids=str
+)
 def test_every_part_steps_as_the_sequence_learns_and_never_peeks(parts: dict) -> None:
     module, x = machine(**parts), normal(2, T, N, E).requires_grad_()
     whole, last = module.sequence(x)
@@ -134,9 +139,7 @@ def test_bad_arguments_are_refused() -> None:
 
 def test_it_mixes_a_language_model() -> None:
     spec = {"id": "token-turing-machine", "memory": 6, "reads": 3, "layers": 1}
-    config = LongspanConfig(
-        vocab_size=11, width=E, layers=2, heads=3, mixers=[spec], position=None
-    )
+    config = LongspanConfig(vocab_size=11, width=E, layers=2, heads=3, mixers=[spec], position=None)
     with torch.random.fork_rng():
         model = LongspanForCausalLM(config).double().eval()
     tokens = torch.arange(9)[None] % 11

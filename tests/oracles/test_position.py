@@ -20,6 +20,7 @@ from longspan.mechanisms.position.alibi import published
 from longspan.mechanisms.position.rope import relayout
 from longspan.nn import Attention, MultiHead, Position
 from longspan.nn.positions import positions_from, raster
+from longspan.testing.subject import Subject
 
 BATCH, HEADS, WIDTH = 2, 3, 8
 MODEL = HEADS * WIDTH
@@ -945,7 +946,7 @@ def test_a_hook_that_a_position_lacks_says_so(id):
 def test_every_attention_honours_a_position_or_refuses_it_by_name(id):
     position = longspan.build(id, **longspan.show(id).tiny).double()
     for card in longspan.find(kind="attention", mode="causal"):
-        attention = longspan.build(card.id, **card.tiny, causal=True)
+        attention: Any = Subject.of(card, causal=True).module
         torch.manual_seed(0)
         lacks = not position.acts - {"embed", "enter"}
         lacks |= "bias" in position.acts and not attention.takes_bias

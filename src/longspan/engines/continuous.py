@@ -17,9 +17,7 @@ def gaussian(t: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def bases(
-    count: int, widths: tuple[float, ...]
-) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:  # fmt: skip
+def bases(count: int, widths: tuple[float, ...]) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
     """Centres and deviations of ψ_1 … ψ_N: for each width, N / widths evenly over [0, 1]."""
     each = count // len(widths)
     centres = torch.linspace(0, 1, each, dtype=torch.float64).repeat(len(widths))
@@ -104,9 +102,7 @@ def _parabola(variance: Tensor) -> tuple[Tensor, Tensor]:
     return top, (2 * top * variance).sqrt()
 
 
-def quantiles(
-    mass: Float[Tensor, "B bins"], u: Float[Tensor, "B M"]
-) -> Float[Tensor, "B M"]:  # fmt: skip
+def quantiles(mass: Float[Tensor, "B bins"], u: Float[Tensor, "B M"]) -> Float[Tensor, "B M"]:
     """Places in [0, 1] below which the share u of a histogram lies; even within a bin."""
     bins = mass.shape[1]
     heights = mass / mass.sum(1, keepdim=True)

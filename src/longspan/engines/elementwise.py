@@ -80,7 +80,7 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, candidate: Tensor, forget: Tensor, weight: Tensor, start: Tensor
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         c, out = start, torch.empty_like(candidate)
         for t in range(candidate.shape[1]):
             f = torch.addcmul(forget[:, t], c, weight).sigmoid_()

@@ -210,7 +210,10 @@ def deq(
         return value, solved
     solver = backward or forward
 
-    def implicit(g: Tensor) -> Tensor:
+    def implicit(g: Tensor | None) -> Tensor | None:
+        if g is None:
+            return None
+
         # Not f's own graph: the hook runs inside its backward pass, which frees it.
         def pull(u: Tensor) -> Tensor:
             with torch.enable_grad():

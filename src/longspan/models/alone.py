@@ -26,6 +26,11 @@ class AloneConfig(LongspanConfig):
 
     position: Spec | None = None
 
+    def build(self) -> Mixer:
+        """The architecture, of these fields."""
+        given = {name: getattr(self, name) for name in self.options}
+        return registry.build(self.architecture, **given)
+
     def tiled(self) -> list[Spec]:
         """None: the architecture holds all layers."""
         return []
@@ -60,9 +65,7 @@ class AloneModel(LongspanModel):
 
     def __init__(self, config: LongspanConfig) -> None:
         super().__init__(config)
-        own = self.config
-        given = {name: getattr(own, name) for name in own.options}
-        self.layers = nn.ModuleList([hub.settled(Alone(registry.build(own.architecture, **given)))])
+        self.layers = nn.ModuleList([hub.settled(Alone(self.config.build()))])
 
     @property
     def steps(self) -> bool:

@@ -51,9 +51,7 @@ class BlockRecurrentConfig(LongspanConfig):
         common = {"id": "block-recurrent-transformer", "window": self.window}
         other = {"states": self.states if self.feedback else 0, "writes": False}
         carries = {"states": self.states, "gate": self.gate, "layout": self.layout}
-        return [
-            common | (carries if n == self.carrier else other) for n in range(self.layers)
-        ]  # fmt: skip
+        return [common | (carries if n == self.carrier else other) for n in range(self.layers)]
 
 
 class FeedbackStack(nn.Module):

@@ -598,8 +598,9 @@ def _step(
 
 def _writes_alone(mixer: nn.Module, splits: bool) -> bool:
     """Whether a mixer takes keys without queries: attention with keys of its own."""
-    own = isinstance(mixer, MultiHead) and not mixer.attention.shared
-    return splits and own and not mixer.attention.extra
+    if not (splits and isinstance(mixer, MultiHead)):
+        return False
+    return not mixer.attention.shared and not mixer.attention.extra
 
 
 def _products(layer: Any, splits: bool) -> tuple[int, int]:

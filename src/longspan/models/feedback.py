@@ -13,9 +13,19 @@ class FeedbackConfig(AloneConfig):
     __no_type_check__ = True
     architecture = "feedback-transformer"
     options = (
-        "width", "heads", "layers", "memory", "source", "shared", "start", "span", "span_loss",
-        "inner", "activation", "dropout",
-    )  # fmt: skip
+        "width",
+        "heads",
+        "layers",
+        "memory",
+        "source",
+        "shared",
+        "start",
+        "span",
+        "span_loss",
+        "inner",
+        "activation",
+        "dropout",
+    )
 
     memory: int = 512
     source: Literal["mix", "last"] | int = "mix"

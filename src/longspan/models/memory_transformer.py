@@ -85,8 +85,17 @@ class MemoryModel(hub.Pretrained):
         input_ids: Tokens | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Inputs | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
     ) -> MemoryOutput:
-        """The mask is of the sequence alone; memory is always seen."""
+        """The mask is of the sequence alone; memory is always seen.
+
+        Raises:
+            LongspanError: hidden states or weights are asked for, which are not kept.
+        """
+        if output_hidden_states or output_attentions or return_dict is False:
+            raise LongspanError("only outputs of the last layer are kept: leave the others out.")
         given = {"inputs_embeds": inputs_embeds, "use_cache": False, "return_dict": True}
         x = self.embedding(input_ids, attention_mask, **given).last_hidden_state
         keep = padding(attention_mask, x.shape[1])
@@ -168,6 +177,9 @@ class MemoryForSeq2SeqLM(LongspanForSeq2SeqLM):
         use_cache: bool | None = None,
         labels: Targets | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
     ) -> Seq2SeqOutput:
         if encoder_outputs is None:
             encoder_outputs = self.encoder(input_ids, attention_mask)
@@ -180,6 +192,9 @@ class MemoryForSeq2SeqLM(LongspanForSeq2SeqLM):
             use_cache=use_cache,
             labels=labels,
             num_items_in_batch=num_items_in_batch,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=return_dict,
         )
 
 
@@ -207,7 +222,7 @@ class WithMemory(nn.Module):
 
     def forward(
         self, input_ids: Tokens, attention_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         batch, length = input_ids.shape
         ids: Any = self.ids
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask

@@ -1,4 +1,4 @@
-"""XLNet (Yang et al., 2019): a language model of all orders, an encoder, or a plain causal model."""
+"""XLNet (Yang et al., 2019): a model of all orders, an encoder, or a plain causal model."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -110,10 +110,8 @@ class XlnetLayer(nn.Module):
     def forward(
         self, h: Tensor, g: Tensor | None, named: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
-        read = self.mixer(h, g, **named)
-        h, g = (None if x is None else self._after(x, y) for x, y in zip((h, g), read, strict=True))
-        assert h is not None
-        return h, g
+        y, z = self.mixer(h, g, **named)
+        return self._after(h, y), None if g is None else self._after(g, z)
 
     def _after(self, x: Tensor, y: Tensor) -> Tensor:
         x = self.mixer_norm(x + self.dropout(y))

@@ -14,7 +14,7 @@ from longspan.shapes import Context, Inputs, Keep, Marks
 
 
 class Infused(Mixer):
-    """y = attention((x + P) W_q, (x + P) W_k, x W_v) W_o, P sinusoidal (Press et al., 2020, Sec. 4).
+    """y = attention((x + P) W_q, (x + P) W_k, x W_v) W_o, P sinusoidal (Press et al., Sec. 4).
 
     Positions count a row's kept tokens from the first it has seen; values and hence outputs carry
     none. For attentions with queries, keys and values of their own.

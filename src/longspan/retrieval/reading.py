@@ -34,7 +34,8 @@ def windows(
     """Windows moved on by `stride`, of which the first reads all its positions as new ones.
 
     Every position but the last, which nothing follows, is new exactly once: the windows are those
-    of `models.evaluation.sliding`. They lie where they lie: a `start`, at the end of one of them, only leaves out those before it.
+    of `models.evaluation.sliding`. They lie where they lie: a `start`, at the end of one of them,
+    only leaves out those before it.
 
     Raises:
         LongspanError: a stride that is not of 1 … window, or fewer than two tokens.

@@ -22,7 +22,7 @@ class SubLayers(nn.Module):
 
     def __init__(
         self, *, width: int, heads: int, inner: int | None, dropout: float, feeds: bool
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.mixer = MultiHead(build("multi-head-attention"), width=width, heads=heads)
         self.mixer_norm = nn.LayerNorm(width)

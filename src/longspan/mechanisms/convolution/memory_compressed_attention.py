@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -106,7 +107,8 @@ class MemoryCompressedAttention(Attention):
             x = [pool.rows(t.masked_fill(~keep[..., None], 0), order) for t in x]
             new, place = keep.sum(1), (keep.cumsum(1) - 1).clamp(min=0)
         if self.causal:
-            return self._causal(q, x, new, place, state)
+            even = keep is None and state is None and q.shape[2] == k.shape[2]
+            return self._causal(q, x, new, place, state, even=even)
         count = -(-k.shape[2] // self.factor)
         slots = [pool.windows(t, count, self.kernel, self.factor) for t in x]
         has = None
@@ -116,7 +118,14 @@ class MemoryCompressedAttention(Attention):
         return dense.attend(q, self._heads(k), self._heads(v), keep=has), None
 
     def _causal(
-        self, q: Tensor, x: list[Tensor], new: Tensor, place: Tensor, state: Compressed | None
+        self,
+        q: Tensor,
+        x: list[Tensor],
+        new: Tensor,
+        place: Tensor,
+        state: Compressed | None,
+        *,
+        even: bool,
     ) -> tuple[Tensor, Compressed]:
         factor, batch, width = self.factor, len(q), x[0].shape[2]
         if state is None:
@@ -145,11 +154,26 @@ class MemoryCompressedAttention(Attention):
         null = self.null.to(k.dtype)[:, None].expand(-1, batch, -1, -1, -1)
         k, v = (torch.cat([n, self._heads(t)], 2) for n, t in zip(null, (k, v), strict=True))
 
+        if even:
+            return self._folded(q, k, v), carried
+
         def hide(q: Tensor, k: Tensor, pos_q: Tensor, pos_k: Tensor) -> Tensor:
             late = number[:, None] > ended[:, pos_q - offset + earlier, None]
             return torch.zeros_like(late, dtype=q.dtype).masked_fill(late, -torch.inf)[:, None]
 
         return dense.tiled(q, k, v, keep=has, bias=hide)[0], carried
+
+    def _folded(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """All queries of a sequence: p + 1 = n s + r sees the null slot and n more.
+
+        So the queries of one r are a causal attention of their own, as many as there are slots.
+        """
+        length, factor = q.shape[2], self.factor
+        q = F.pad(q, (0, 0, 1, k.shape[2] * factor - length - 1))
+        q = rearrange(q, "B H (N C) D -> B (H C) N D", C=factor)
+        k, v = (t.repeat_interleave(factor, 1) for t in (k, v))
+        o = rearrange(dense.attend(q, k, v, causal=True), "B (H C) N D -> B H (N C) D", C=factor)
+        return o[:, :, 1 : length + 1]
 
     def _width(self) -> int:
         linear = self.compress["k"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from longspan.card import Card
 from longspan.engines import dense
 from longspan.errors import LongspanError
-from longspan.nn import FeedForward, Mixer, blockwise
+from longspan.nn import Mixer, blockwise
 from longspan.nn.distances import DistanceBias
 from longspan.nn.state import detach
 from longspan.registry import mechanism

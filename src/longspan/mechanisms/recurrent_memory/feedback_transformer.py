@@ -32,7 +32,7 @@ class FeedbackLayer(nn.Module):
 
     def __init__(
         self, inner: FeedForward, *, width: int, heads: int, memory: int, span: int | None
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.heads, self.span, self.feed_forward = heads, span, inner
         self.norm, self.feed_forward_norm = nn.LayerNorm(width), nn.LayerNorm(width)
@@ -42,9 +42,7 @@ class FeedbackLayer(nn.Module):
         self.reach = None if span is None else nn.Parameter(torch.full((heads,), 0.5))
         self.dropout = nn.Dropout(inner.dropout.p)
 
-    def forward(
-        self, x: Vector, pairs: Float[Tensor, "B S F"], seen: Tensor | None
-    ) -> Vector:  # fmt: skip
+    def forward(self, x: Vector, pairs: Float[Tensor, "B S F"], seen: Tensor | None) -> Vector:
         """`pairs` holds keys and values of the S steps before, `seen` (B S) which there are."""
         q = self.query(self.norm(x)).unflatten(1, (self.heads, -1))
         k, v = (t.unflatten(2, (self.heads, -1)) for t in pairs.chunk(2, -1))

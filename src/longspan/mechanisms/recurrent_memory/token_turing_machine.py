@@ -27,9 +27,7 @@ class Learner(nn.Module):
     def __init__(self, width: int, tokens: int, inner: int = 64) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.scores = nn.Sequential(
-            nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, tokens)
-        )  # fmt: skip
+        self.scores = nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, tokens))
 
     def forward(self, v: Bag) -> Bag:
         # Weights are made of LN(V) and applied to V itself.
@@ -68,9 +66,7 @@ class AddErase(nn.Module):
         super().__init__()
         self.released = released
         self.norm = nn.LayerNorm(width)
-        self.scores = nn.Sequential(
-            nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, reads)
-        )  # fmt: skip
+        self.scores = nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, reads))
         self.tokens = nn.ModuleDict({n: nn.Linear(reads, reads) for n in ("erase", "add")})
         self.channels = nn.ModuleDict({n: FeedForward(width) for n in ("erase", "add")})
 
@@ -192,9 +188,7 @@ class TokenTuring(Mixer):
         self.writes = None
         if memory and not simplified:
             erases = write == "erase"
-            self.writes = (
-                AddErase(width, reads, released=released) if erases else summary(memory)
-            )  # fmt: skip
+            self.writes = AddErase(width, reads, released=released) if erases else summary(memory)
         tokens = reads + memory if simplified else reads
         layer = {
             "transformer": lambda: Encoding(width, heads),

@@ -19,23 +19,17 @@ def memory_compressed_attention(
         at = torch.arange(keys) if keep is None else keep[b].nonzero()[:, 0]
         tokens = {name: t[b, :, at].movedim(0, 1).flatten(1) for name, t in (("k", k), ("v", v))}
         ends = range(stride - 1, len(at), stride) if module.causal else range(0, len(at), stride)
-        slots = {"k": [], "v": []}
-        for end in ends:
-            first = end - size + 1 if module.causal else end
-            for name, x in tokens.items():
-                window = [
-                    x[first + t] if 0 <= first + t < len(at) else 0 * x[0] for t in range(size)
-                ]
-                slots[name].append(
-                    (module.compress[name].weight @ torch.cat(window)).view(heads, -1)
-                )
-        if module.causal and len(at):
-            for name, null in zip("kv", module.null[:, :, 0], strict=True):
-                slots[name].insert(0, null)
+        k_c, v_c = (
+            strided(x, [end - (size - 1) * module.causal for end in ends], size)
+            @ module.compress[name].weight.mT
+            for name, x in tokens.items()
+        )
+        k_c, v_c = (t.view(-1, heads, width).movedim(0, 1) for t in (k_c, v_c))
+        if module.causal:
+            k_c, v_c = (torch.cat(t, 1) for t in zip(module.null, (k_c, v_c), strict=True))
         if not len(at):
             outs.append(torch.zeros_like(q[b]))
             continue
-        k_c, v_c = (torch.stack(slots[name], 1) for name in "kv")
         scores = q[b] @ k_c.mT / width**0.5
         if module.causal:
             places = torch.arange(keys) if keep is None else (keep[b].cumsum(0) - 1).clamp(min=0)
@@ -44,6 +38,16 @@ def memory_compressed_attention(
             scores = scores.masked_fill(last > mine[:, None], -torch.inf)
         outs.append(scores.softmax(-1) @ v_c)
     return torch.stack(outs) if outs else q
+
+
+def strided(x: Tensor, starts: list[int], size: int) -> Tensor:
+    """The windows from each start on, side by side, zeros outside."""
+    zero = x.new_zeros(x.shape[1])
+    windows = [
+        torch.cat([x[p] if 0 <= p < len(x) else zero for p in range(start, start + size)])
+        for start in starts
+    ]
+    return torch.stack(windows) if windows else x.new_zeros(0, size * x.shape[1])
 
 
 @oracle("local-block-attention")
