@@ -1,6 +1,7 @@
 """Music Transformer: global and local forms, tables, relations, a model of events."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -143,7 +144,7 @@ def test_relations_of_pairs_are_read_from_an_index(causal):
 
 def test_a_model_of_events_steps_as_it_reads():
     torch.manual_seed(0)
-    model = LongspanForCausalLM(
+    model: Any = LongspanForCausalLM(
         LongspanConfig(
             vocab_size=16, width=24, heads=3, layers=2, length=8, mixers=["music-transformer"],
             position="sinusoidal-position",
@@ -167,6 +168,6 @@ def test_a_model_of_events_steps_as_it_reads():
 def test_what_does_not_fit_is_refused(options):
     with pytest.raises(LongspanError, match="music-transformer"):
         built(**options)
+    (q, k, v), attend = example(6), built()
     with pytest.raises(LongspanError, match="within one sequence"):
-        q, k, v = example(6)
-        built()(q[:, :, :4], k, v)
+        attend(q[:, :, :4], k, v)

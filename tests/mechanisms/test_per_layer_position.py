@@ -1,5 +1,7 @@
 """Positions of each layer's own, and the losses that train with them."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -13,7 +15,7 @@ from longspan.training.supervision import DeepSupervision, Progressing, supervis
 SIZES = {"vocab_size": 16, "width": 24, "heads": 3, "layers": 3, "length": 16}
 
 
-def model(position, **changes) -> LongspanForCausalLM:
+def model(position, **changes) -> Any:
     torch.manual_seed(0)
     config = LongspanConfig(**{**SIZES, **changes}, position=position)
     return LongspanForCausalLM(config).double().eval()
@@ -109,7 +111,7 @@ def test_the_trainer_tells_how_much_is_done(tmp_path):
         output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=2, use_cpu=True,
         report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
     )  # fmt: skip
-    data = [{"input_ids": row, "labels": row} for row in tokens()] * 4
+    data: Any = [{"input_ids": row, "labels": row} for row in tokens()] * 4
     Trainer(
         model=deep,
         args=arguments,

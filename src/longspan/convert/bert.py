@@ -38,8 +38,9 @@ def with_attention(
         LongspanError: another architecture, a decoder, a `length` below what the model knows.
     """
     config = model.config
-    if config.model_type not in ARCHITECTURES or config.is_decoder:
-        decoder = " decoder (is_decoder=True), whose cache it cannot fill" * config.is_decoder
+    known = config.model_type in ARCHITECTURES
+    if not known or config.is_decoder:
+        decoder = " decoder (is_decoder=True), whose cache it cannot fill" if known else ""
         raise LongspanError(
             f"{name} converts {' and '.join(ARCHITECTURES)} encoders and got a "
             f"{config.model_type}{decoder}: use another checkpoint, or set is_decoder=False."

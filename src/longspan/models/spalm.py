@@ -1,4 +1,4 @@
-"""SPALM whole: a Transformer-XL, and the tokens that followed similar contexts, through one gate."""
+"""SPALM whole: a Transformer-XL and the tokens that followed similar contexts, joined by a gate."""
 
 from typing import Any
 
@@ -65,7 +65,7 @@ class SpalmForCausalLM(LongspanForCausalLM):
         self,
         input_ids: Tokens | None = None,
         attention_mask: Tensor | None = None,
-        neighbours: Int[Tensor, "B L K"] | None = None,
+        neighbours: Int[Tensor, "B _ K"] | None = None,
         past_key_values: Any = None,
         use_cache: bool | None = None,
         labels: Tokens | None = None,

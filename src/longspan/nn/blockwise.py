@@ -185,9 +185,9 @@ class BlockAttention(Mixer):
             )
         self.width, self.heads, self.block, self.memory = width, heads, block, memory
         self.infused = infused
-        self.project = nn.ModuleDict({name: nn.Linear(width, width) for name in "qkv"})
-        self.output = nn.Linear(width, width)
-        for linear in (*self.project.values(), self.output):
+        linears = {name: nn.Linear(width, width) for name in "qkv"}
+        self.project, self.output = nn.ModuleDict(linears), nn.Linear(width, width)
+        for linear in (*linears.values(), self.output):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
 

@@ -52,8 +52,8 @@ class DeepSupervision(nn.Module):
         self.model, self.between, self.ahead = model, between, tuple(ahead)
         width, vocabulary = model.config.width, model.config.vocab_size
         self.heads = nn.ModuleList(nn.Linear(width, vocabulary, bias=False) for _ in ahead)
-        for head in self.heads:
-            nn.init.normal_(head.weight, std=model.config.initializer_range)
+        for weight in self.heads.parameters():
+            nn.init.normal_(weight, std=model.config.initializer_range)
         self.progress = 0.0
 
     def forward(

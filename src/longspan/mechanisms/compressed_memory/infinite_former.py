@@ -111,7 +111,8 @@ class InfiniteFormer(Mixer):
         self.width, self.heads, self.segment = width, heads, segment
         self.basis, self.widths, self.samples, self.bins = basis, tuple(widths), samples, bins
         self.sticky, self.seed, self.penalty, self.tau = sticky, seed, penalty, tau
-        self.density, self.kl, self.spread, self.centre = density, kl, spread, centre
+        self.density: continuous.Density = density
+        self.kl, self.spread, self.centre = kl, spread, centre
         self.local = local or blockwise.BlockAttention(
             width=width, heads=heads, block=segment, memory=0
         )
