@@ -101,7 +101,7 @@ class RelativeAttention(Attention):
         state: given.Past | None = None,
         *,
         keep: Keep | None = None,
-        related: Sequence[Int[Tensor, "B L S"]] = (),
+        related: Sequence[Int[Tensor, "B L _"]] = (),
     ) -> tuple[Outputs, given.Past | None]:
         if not self.causal:
             one_sequence(type(self).__name__, q, k)
