@@ -12,7 +12,8 @@ from longspan.errors import LongspanError
 
 
 def text(value: str) -> bytes:
-    return struct.pack("<Q", len(value)) + value.encode()
+    data = value.encode()
+    return struct.pack("<Q", len(data)) + data
 
 
 def gguf(path: Path, kind: int, shape: tuple[int, int], raw: bytes) -> Path:

@@ -14,9 +14,11 @@ SOURCE = ROOT / "src" / "longspan"
 LAYERS = [
     {"engines"},
     {"nn"},
+    {"inference"},
     {"mechanisms"},
     {"testing"},
     {"models", "hub"},
+    {"retrieval"},
     {"training", "convert", "data", "bench"},
     {"report", "cli", "__main__"},
 ]

@@ -1,6 +1,23 @@
 """Models of the Hugging Face ecosystem, tiled from any list of mechanisms."""
 
 from longspan import hub
+from longspan.models import (  # each registers its config and models with transformers' Auto classes
+    block_recurrent,
+    dmca,
+    early_exit,
+    equilibrium,
+    feedback,
+    flash,
+    funnel,
+    hourglass,
+    latents,
+    longt5,
+    memory_transformer,
+    spalm,
+    sru,
+    universal,
+    xlnet,
+)
 from longspan.models.config import LongspanConfig
 from longspan.models.heads import (
     LongspanForCausalLM,

@@ -28,6 +28,9 @@ class Compressed(NamedTuple):
     seen: Int[Tensor, "B"]
 
 
+State = Compressed | None
+
+
 @mechanism(
     Card(
         id="memory-compressed-attention",
@@ -86,14 +89,8 @@ class MemoryCompressedAttention(Attention):
         self.null = nn.Parameter(torch.zeros(2, heads, 1, head_width)) if causal else None
 
     def forward(
-        self,
-        q: Queries,
-        k: Keys,
-        v: Values,
-        state: Compressed | None = None,
-        *,
-        keep: Keep | None = None,
-    ) -> tuple[Outputs, Compressed | None]:
+        self, q: Queries, k: Keys, v: Values, state: State = None, *, keep: Keep | None = None
+    ) -> tuple[Outputs, State]:
         if (k.shape[1], k.shape[3], v.shape[3]) != (self.heads, *(self._width(),) * 2):
             raise LongspanError(
                 f"memory-compressed-attention was built for {self.heads} heads of width "

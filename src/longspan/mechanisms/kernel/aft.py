@@ -26,6 +26,9 @@ class AFTState(NamedTuple):
     seen: Int[Tensor, "B"]
 
 
+State = AFTState | None
+
+
 @mechanism(
     Card(
         id="aft",
@@ -108,14 +111,8 @@ class AFT(Attention):
             self.gamma, self.beta = (nn.Parameter(torch.zeros(heads or 1, 1)) for _ in range(2))
 
     def forward(
-        self,
-        q: Queries,
-        k: Keys,
-        v: Values,
-        state: AFTState | None = None,
-        *,
-        keep: Keep | None = None,
-    ) -> tuple[Outputs, AFTState | None]:
+        self, q: Queries, k: Keys, v: Values, state: State = None, *, keep: Keep | None = None
+    ) -> tuple[Outputs, State]:
         self._check(q, k, v)
         if keep is not None:
             k = k.masked_fill(~keep[:, None, :, None], -torch.inf)

@@ -23,6 +23,9 @@ class CosState(NamedTuple):
     seen: Tensor
 
 
+State = CosState | None
+
+
 @mechanism(
     Card(
         id="cosformer",
@@ -101,14 +104,8 @@ class CosFormer(Attention):
         return at * unit, of_queries * unit, count
 
     def forward(
-        self,
-        q: Queries,
-        k: Keys,
-        v: Values,
-        state: CosState | None = None,
-        *,
-        keep: Keep | None = None,
-    ) -> tuple[Outputs, CosState | None]:
+        self, q: Queries, k: Keys, v: Values, state: State = None, *, keep: Keep | None = None
+    ) -> tuple[Outputs, State]:
         if state is not None and self.length is None and self.reweigh:
             raise LongspanError(
                 "cosformer carries a state only for a fixed length: build it with length=."

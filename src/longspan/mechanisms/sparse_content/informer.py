@@ -73,13 +73,7 @@ class Informer(Attention):
         self.sample_once, self.exact, self.mean = shared, exact, mean
 
     def forward(
-        self,
-        q: Queries,
-        k: Keys,
-        v: Values,
-        state: None = None,
-        *,
-        keep: Keep | None = None,
+        self, q: Queries, k: Keys, v: Values, state: None = None, *, keep: Keep | None = None
     ) -> tuple[Outputs, None]:
         length, keys = q.shape[2], k.shape[2]
         if self.causal and length != keys:

@@ -25,6 +25,9 @@ class InformerState(NamedTuple):
     awake: Int[Tensor, "B H"]
 
 
+State = InformerState | None
+
+
 @mechanism(
     Card(
         id="informer-causal",
@@ -79,13 +82,7 @@ class InformerCausal(Attention):
         self.exact, self.mean = exact, mean
 
     def forward(
-        self,
-        q: Queries,
-        k: Keys,
-        v: Values,
-        state: InformerState | None = None,
-        *,
-        keep: Keep | None = None,
+        self, q: Queries, k: Keys, v: Values, state: State = None, *, keep: Keep | None = None
     ) -> tuple[Outputs, InformerState]:
         length = q.shape[2]
         if length != k.shape[2]:

@@ -16,6 +16,8 @@ from longspan.shapes import Keep, Keys, Outputs, Queries, Values
 # Self-attention only where nothing else is left (Sec. 2, "Causal masking").
 OWN = -1e5
 
+State = bucket.Hashed | None
+
 
 @mechanism(
     Card(
@@ -95,14 +97,8 @@ class ReformerLSH(Attention):
         self.same, self.unique, self.seed, self.redraw = same, unique, seed, redraw
 
     def forward(
-        self,
-        q: Queries,
-        k: Keys,
-        v: Values,
-        state: bucket.Hashed | None = None,
-        *,
-        keep: Keep | None = None,
-    ) -> tuple[Outputs, bucket.Hashed | None]:
+        self, q: Queries, k: Keys, v: Values, state: State = None, *, keep: Keep | None = None
+    ) -> tuple[Outputs, State]:
         bucket.check_shared("reformer-lsh", q, k)
         table = bucket.grow(state, q, v, keep, self.directions(q), self.factors)
         if state is not None and q.shape[2] == 1:

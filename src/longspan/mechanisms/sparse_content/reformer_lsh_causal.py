@@ -15,6 +15,8 @@ from longspan.shapes import Keep, Keys, Outputs, Queries, Values
 # As in the paper: self-attention only where nothing else is left.
 OWN = -1e5
 
+State = bucket.Hashed | None
+
 
 @mechanism(
     Card(
@@ -76,13 +78,7 @@ class ReformerLSHCausal(Attention):
         self.block = min(16, max(4, 1 << max(window.bit_length() - 2, 0)))
 
     def forward(
-        self,
-        q: Queries,
-        k: Keys,
-        v: Values,
-        state: bucket.Hashed | None = None,
-        *,
-        keep: Keep | None = None,
+        self, q: Queries, k: Keys, v: Values, state: State = None, *, keep: Keep | None = None
     ) -> tuple[Outputs, bucket.Hashed]:
         bucket.check_shared("reformer-lsh-causal", q, k)
         generator = torch.Generator().manual_seed(self.seed)

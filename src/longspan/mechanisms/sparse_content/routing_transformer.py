@@ -13,6 +13,8 @@ from longspan.shapes import Keep, Keys, Outputs, Queries, Values
 # Of the divisor count + 1e−2 in the released code.
 EPS = 1e-2
 
+State = kmeans.Routed | None
+
 
 @mechanism(
     Card(
@@ -90,14 +92,8 @@ class RoutingTransformer(Attention):
         self.heads, self.width = heads, head_width
 
     def forward(
-        self,
-        q: Queries,
-        k: Keys,
-        v: Values,
-        state: kmeans.Routed | None = None,
-        *,
-        keep: Keep | None = None,
-    ) -> tuple[Outputs, kmeans.Routed | None]:
+        self, q: Queries, k: Keys, v: Values, state: State = None, *, keep: Keep | None = None
+    ) -> tuple[Outputs, State]:
         kmeans.check_fits("routing-transformer", self.heads, self.width, q)
         if self.causal and q.shape[2] != k.shape[2]:
             raise LongspanError(

@@ -10,6 +10,8 @@ from longspan.nn import Attention, kmeans
 from longspan.registry import mechanism
 from longspan.shapes import Keep, Keys, Outputs, Queries, Values
 
+State = kmeans.Routed | None
+
 
 @mechanism(
     Card(
@@ -73,13 +75,7 @@ class RoutingTransformerCausal(Attention):
         self.block = min(32, max(4, 1 << max(window.bit_length() - 2, 0)))
 
     def forward(
-        self,
-        q: Queries,
-        k: Keys,
-        v: Values,
-        state: kmeans.Routed | None = None,
-        *,
-        keep: Keep | None = None,
+        self, q: Queries, k: Keys, v: Values, state: State = None, *, keep: Keep | None = None
     ) -> tuple[Outputs, kmeans.Routed]:
         kmeans.check_fits("routing-transformer-causal", self.heads, self.width, q)
         length, near = q.shape[2], self.local

@@ -98,13 +98,7 @@ class SinkhornAttention(Attention):
         )
 
     def forward(
-        self,
-        q: Queries,
-        k: Keys,
-        v: Values,
-        state: None = None,
-        *,
-        keep: Keep | None = None,
+        self, q: Queries, k: Keys, v: Values, state: None = None, *, keep: Keep | None = None
     ) -> tuple[Outputs, None]:
         length, keys = q.shape[2], k.shape[2]
         own = length == keys

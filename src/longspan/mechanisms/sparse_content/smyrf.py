@@ -76,13 +76,7 @@ class Smyrf(Attention):
         self.seed, self.redraw = seed, redraw
 
     def forward(
-        self,
-        q: Queries,
-        k: Keys,
-        v: Values,
-        state: None = None,
-        *,
-        keep: Keep | None = None,
+        self, q: Queries, k: Keys, v: Values, state: None = None, *, keep: Keep | None = None
     ) -> tuple[Outputs, None]:
         if keep is not None:
             k, v = (t.masked_fill(~keep[:, None, :, None], 0) for t in (k, v))

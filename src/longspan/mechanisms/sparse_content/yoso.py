@@ -82,13 +82,7 @@ class Yoso(Attention):
             self.conv = nn.Conv2d(heads, heads, (conv, 1), padding="same", groups=heads, bias=False)
 
     def forward(
-        self,
-        q: Queries,
-        k: Keys,
-        v: Values,
-        state: None = None,
-        *,
-        keep: Keep | None = None,
+        self, q: Queries, k: Keys, v: Values, state: None = None, *, keep: Keep | None = None
     ) -> tuple[Outputs, None]:
         if keep is not None:
             k, v = (t.masked_fill(~keep[:, None, :, None], 0) for t in (k, v))

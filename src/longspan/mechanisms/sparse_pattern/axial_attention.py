@@ -23,6 +23,9 @@ class Folded(NamedTuple):
     keep: Bool[Tensor, "B S"]
 
 
+State = Folded | None
+
+
 @mechanism(
     Card(
         id="axial-attention",
@@ -66,14 +69,8 @@ class AxialAttention(Attention):
         self.columns, self.axes = columns, (0, 1) if axis is None else (axis,)
 
     def forward(
-        self,
-        q: Queries,
-        k: Keys,
-        v: Values,
-        state: Folded | None = None,
-        *,
-        keep: Keep | None = None,
-    ) -> tuple[Outputs, Folded | None]:
+        self, q: Queries, k: Keys, v: Values, state: State = None, *, keep: Keep | None = None
+    ) -> tuple[Outputs, State]:
         carried = None
         if self.causal:
             seen = k.new_ones(k.shape[0], k.shape[2], dtype=torch.bool) if keep is None else keep

@@ -14,6 +14,8 @@ from longspan.nn import Attention
 from longspan.registry import mechanism
 from longspan.shapes import Keep, Keys, Outputs, Queries, Values
 
+State = History | None
+
 
 @mechanism(
     Card(
@@ -80,14 +82,8 @@ class ImageTransformer(Attention):
         self.columns = columns
 
     def forward(
-        self,
-        q: Queries,
-        k: Keys,
-        v: Values,
-        state: History | None = None,
-        *,
-        keep: Keep | None = None,
-    ) -> tuple[Outputs, History | None]:
+        self, q: Queries, k: Keys, v: Values, state: State = None, *, keep: Keep | None = None
+    ) -> tuple[Outputs, State]:
         if self.causal:
             period = self.raster.band
             reach = period - 1 + -(-self.memory[0] // self.block[0]) * period

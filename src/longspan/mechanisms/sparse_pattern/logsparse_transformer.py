@@ -13,6 +13,8 @@ from longspan.nn import Attention
 from longspan.registry import mechanism
 from longspan.shapes import Keep, Keys, Outputs, Queries, Values
 
+State = History | None
+
 
 @mechanism(
     Card(
@@ -97,13 +99,7 @@ class LogSparseTransformer(Attention):
         yield from (s for i in range(powers) if (s := self.local - 1 + 2**i) <= limit)
 
     def forward(
-        self,
-        q: Queries,
-        k: Keys,
-        v: Values,
-        state: History | None = None,
-        *,
-        keep: Keep | None = None,
+        self, q: Queries, k: Keys, v: Values, state: State = None, *, keep: Keep | None = None
     ) -> tuple[Outputs, History]:
         return grid.stream(self._attend, q, k, v, state, keep=keep)
 
