@@ -362,6 +362,10 @@ def tiled(
     pos_k = torch.arange(keys, device=q.device)
 
     def rows(q_tile: Tensor, at: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        def spread_here(weights: Tensor) -> Tensor:
+            assert spread is not None
+            return spread(weights, at, at_k)
+
         seen = None if keep is None else keep[:, None, None, : k.shape[2]]
         if causal:
             order = pos_k[: k.shape[2]] <= at[:, None]
@@ -375,7 +379,7 @@ def tiled(
             bias=bias and bias(q_tile, k, at, at_k),
             multiplier=multiplier and multiplier(at, at_k),
             gate=gate and gate(at, at_k),
-            spread=spread and (lambda weights: spread(weights, at, at_k)),
+            spread=spread and spread_here,
             activation=activation,
             dropout=dropout,
             scale=scale,

@@ -1,23 +1,8 @@
 """Models of the Hugging Face ecosystem, tiled from any list of mechanisms."""
 
+from importlib import import_module
+
 from longspan import hub
-from longspan.models import (  # each registers its config and models with transformers' Auto classes
-    block_recurrent,
-    dmca,
-    early_exit,
-    equilibrium,
-    feedback,
-    flash,
-    funnel,
-    hourglass,
-    latents,
-    longt5,
-    memory_transformer,
-    spalm,
-    sru,
-    universal,
-    xlnet,
-)
 from longspan.models.config import LongspanConfig
 from longspan.models.heads import (
     LongspanForCausalLM,
@@ -51,3 +36,23 @@ hub.register(
         "AutoModelForSequenceClassification": LongspanForSequenceClassification,
     },
 )
+
+# Each registers its own config and models.
+for _name in (
+    "block_recurrent",
+    "dmca",
+    "early_exit",
+    "equilibrium",
+    "feedback",
+    "flash",
+    "funnel",
+    "hourglass",
+    "latents",
+    "longt5",
+    "memory_transformer",
+    "spalm",
+    "sru",
+    "universal",
+    "xlnet",
+):
+    import_module(f"{__name__}.{_name}")

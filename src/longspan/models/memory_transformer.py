@@ -194,7 +194,7 @@ class MemoryForSeq2SeqLM(LongspanForSeq2SeqLM):
             num_items_in_batch=num_items_in_batch,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
-            return_dict=return_dict,
+            return_dict=return_dict,  # pyright: ignore[reportCallIssue]
         )
 
 
@@ -214,7 +214,9 @@ class WithMemory(nn.Module):
         super().__init__()
         if slots < 1:
             raise LongspanError(f"{slots} memory tokens were asked for: give 1 or more.")
-        size = encoder.get_input_embeddings().num_embeddings  # pyright: ignore
+        table = encoder.get_input_embeddings()
+        assert isinstance(table, nn.Embedding)
+        size = table.num_embeddings
         encoder.resize_token_embeddings(size + slots, mean_resizing=False)
         self.encoder, self.slots = encoder, slots
         self.register_buffer("ids", torch.arange(size, size + slots), persistent=False)

@@ -6,12 +6,12 @@ holds the arguments that build it like `tiny` but with room for nothing; where i
 its own, both give their length as `segment`.
 """
 
-from longspan.card import Card
+from longspan.card import Card, Kind
 from longspan.testing.laws.comparing import gradients, near
 from longspan.testing.laws.registry import law
 from longspan.testing.subject import Subject
 
-_MEMORY = frozenset({"memory"})
+_MEMORY: frozenset[Kind] = frozenset({"memory"})
 
 
 @law(modes={"causal", "step"}, kinds=_MEMORY, applies=lambda card: card.exact is not None)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan.card import Card
+from longspan.card import Card, Kind
 from longspan.nn import MultiHead, Position
 from longspan.nn.positions import positions_from
 from longspan.registry import build
@@ -17,7 +17,7 @@ from longspan.testing.laws.comparing import near
 from longspan.testing.laws.registry import law
 from longspan.testing.subject import BATCH, HEADS, MODEL_WIDTH, WIDTH
 
-_POSITION = frozenset({"position"})
+_POSITION: frozenset[Kind] = frozenset({"position"})
 _STREAM = frozenset({"embed", "enter", "infuse"})
 
 

@@ -23,13 +23,14 @@ def sru_plus_plus(module, x: Tensor, *, keep: Tensor | None) -> Tensor:
     a = softmax(q @ k.mT / q.shape[3] ** 0.5, seen) @ v
     u = module.output(module.inner_norm(big_q + module.alpha * a.transpose(1, 2).flatten(2)))
     if module.causal:
-        return run(module.recurrences[0], *u.chunk(3, 2), x, kept)
+        return run(module.recurrences[0], (*u.chunk(3, 2), x), kept)
     first, second = (part.chunk(4, 2) for part in u.chunk(2, 2))
-    back = run(module.recurrences[1], *(t.flip(1) for t in second), kept.flip(1)).flip(1)
-    return torch.cat([run(module.recurrences[0], *first, kept), back], 2)
+    back = run(module.recurrences[1], [t.flip(1) for t in second], kept.flip(1)).flip(1)
+    return torch.cat([run(module.recurrences[0], first, kept), back], 2)
 
 
-def run(cell, candidate, forget, reset, passed, kept) -> Tensor:
+def run(cell, parts, kept: Tensor) -> Tensor:
+    candidate, forget, reset, passed = parts
     c, out = torch.zeros_like(candidate[:, 0]), []
     for t in range(candidate.shape[1]):
         f = torch.sigmoid(forget[:, t] + cell.forget_weight * c + cell.forget_bias)
