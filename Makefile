@@ -33,9 +33,14 @@ lint: $(STAMP)
 	$(BIN)/pyright
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/million.py
 	$(BIN)/python benchmarks/harness.py
-	$(BIN)/longspan bench --lengths 1024,4096,16384
+	$(BIN)/python benchmarks/ratios.py float32
+	$(BIN)/python benchmarks/ratios.py bfloat16
+	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/steps.py
+	$(BIN)/pip install --quiet --no-deps --target .peers --requirement benchmarks/peers.txt
+	$(BIN)/python benchmarks/peers.py
+	$(BIN)/python benchmarks/million.py
 
 docs: $(STAMP)
 	$(BIN)/python docs/generate.py

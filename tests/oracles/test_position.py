@@ -1118,8 +1118,8 @@ def test_shaw_keys_are_those_of_wav2vec2_bert():
     config = Wav2Vec2BertConfig(
         hidden_size=MODEL, num_attention_heads=HEADS, position_embeddings_type="relative_key",
         left_max_position_embeddings=3, right_max_position_embeddings=3,
-        attn_implementation="eager",
     )  # fmt: skip
+    config._attn_implementation = "eager"
     theirs = Wav2Vec2BertSelfAttention(config).double().eval()
     position = relative("shaw-relative-position", reach=3, values=False, shared=True)
     position.keys.data = theirs.distance_embedding.weight.data[None]

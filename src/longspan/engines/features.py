@@ -27,6 +27,18 @@ Map = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 Kind = Literal["orthogonal", "hadamard", "givens", "iid"]
 Norms = Literal["chi", "fixed"]
 
+# Entrywise maps by name, for `generalised`.
+ENTRYWISE: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "exp": torch.exp,
+    "relu": F.relu,
+    "abs": torch.abs,
+    "gelu": F.gelu,
+    "cos": torch.cos,
+    "tanh": torch.tanh,
+    "identity": torch.clone,
+}
+
 # The units of running sums are powers of exp(STEP), so that they seldom change.
 STEP = 8.0
 
@@ -244,6 +256,14 @@ def dpfp(x: Float[Tensor, "*rows D"], nu: int) -> Float[Tensor, "*rows 2*D*{nu}"
     return torch.cat([r * around.narrow(-1, nu - s, r.shape[-1]) for s in range(1, nu + 1)], -1)
 
 
+# The maps that estimate exp(x·y), by name.
+SOFTMAX: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
+    "positive": positive,
+    "hyperbolic": hyperbolic,
+    "trigonometric": trigonometric,
+}
+
+
 # -- attention -------------------------------------------------------------------------------
 
 
@@ -307,6 +327,69 @@ def read(
     run = partial(_read, phi, eps)
     outs = [again(run, *piece, state) for piece, again in pieces((q, pos), size)]
     return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+
+
+def turned(
+    phi: Callable[[Tensor], Tensor],
+    q: Queries,
+    k: Keys,
+    v: Values,
+    state: Float[Tensor, "B H M W"] | None,
+    turns: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]],
+    *,
+    causal: bool,
+    eps: float,
+    keep: Keep | None = None,
+) -> tuple[Outputs, Float[Tensor, "B H M W"] | None]:
+    """Σ_s (turns_0 φ(q))·(turns_1 φ(k_s)) v_s / (Σ_s φ(q)·φ(k_s) + eps): the numerator is turned.
+
+    The state is the turned sum of φ(k) vᵀ and, as its last column, the plain sum of φ(k).
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        if keep is not None:
+            k, v = (t.masked_fill(~keep[:, None, :, None], 0) for t in (k, v))
+        phi_q, phi_k = phi(q.to(wide)), phi(k.to(wide))
+        if keep is not None:
+            phi_k = phi_k.masked_fill(~keep[:, None, :, None], 0)
+        above_of = turns[0](phi_q), turns[1](phi_k), v.to(wide)
+        below_of = phi_q, phi_k, torch.ones_like(phi_k[..., :1])
+        carried = None
+        if causal:
+            before = (None, None) if state is None else state.split([v.shape[3], 1], -1)
+            above, s = scan.outer(*above_of, before[0])
+            below, z = scan.outer(*below_of, before[1])
+            carried = torch.cat([s, z], -1)
+        else:
+            above, below = scan.total(*above_of), scan.total(*below_of)
+        return (above / (below + eps)).to(q.dtype), carried
+
+
+def averaged(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    state: tuple[Tensor, Tensor] | None,
+    *,
+    causal: bool,
+    keep: Keep | None = None,
+) -> tuple[Outputs, tuple[Tensor, Tensor] | None]:
+    """q (Σ_s k_s v_sᵀ) / n over n kept keys, causally those so far; keys not kept are 0.
+
+    The state is the sum (B H D V) and n (B).
+    """
+    kept = torch.ones_like(k[:, 0, :, 0]) if keep is None else keep.to(k.dtype)
+    kept = kept.to(torch.promote_types(k.dtype, torch.float32))
+
+    def share(o: Tensor, n: Tensor) -> Tensor:
+        return o / n.clamp(min=1)[:, None, :, None].to(v.dtype)
+
+    if not causal:
+        return share(scan.total(q, k, v), kept.sum(1)[:, None]), None
+    sums, seen = (None, kept.new_zeros(len(kept))) if state is None else state
+    o, sums = scan.outer(q, k, v, sums)
+    count = (seen[:, None] + kept.cumsum(1))[:, -q.shape[2] :]
+    return share(o, count), (sums, seen + kept.sum(1))
 
 
 def quotient(o: Float[Tensor, "B H L W"], floor: float | Tensor) -> Float[Tensor, "B H L _"]:

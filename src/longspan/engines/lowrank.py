@@ -140,6 +140,38 @@ def gaussian_sums(
     return torch.stack([_recomputed(_kernel_sums, *part, z) for part in parts]).sum(0)
 
 
+def gaussian_inverse(
+    z: Float[Tensor, "B H A M D"], ridge: float, steps: int | None
+) -> Float[Tensor, "B H M M"]:
+    """(κ(z, z) + ridge · I)⁻¹, preconditioned by its row sums, the ridge in them.
+
+    By `steps` of `inverse`, or exactly.
+    """
+    eye = torch.eye(z.shape[3], dtype=z.dtype, device=z.device)
+    m = gaussian(z.flatten(2, 3), z, eye.expand(*z.shape[:2], -1, -1))
+    m = m.unflatten(2, z.shape[2:4]).mean(2) + ridge * eye
+    if steps is None:
+        return torch.linalg.inv(m)
+    half = m.sum(-1).rsqrt()
+    both = half[..., :, None] * half[..., None, :]
+    return both * inverse(both * m, steps)
+
+
+def sampled(
+    x: Float[Tensor, "B H S D"], draws: Int[Tensor, "A M"], keep: Keep | None
+) -> Float[Tensor, "B H A M D"]:
+    """Rows of x among its kept ones: a draw of 0 … 2³¹ − 1 is a share of their number."""
+    batch, heads, tokens, width = x.shape
+    if keep is None:
+        at = ((draws * tokens) >> 31).flatten().expand(batch, -1)
+    else:
+        order = (~keep).to(torch.uint8).argsort(dim=1, stable=True)
+        at = order.gather(1, (draws.flatten() * keep.sum(1)[:, None]) >> 31)
+    start = torch.arange(batch * heads, device=x.device).view(batch, heads, 1) * tokens
+    rows = x.reshape(-1, width).index_select(0, (start + at[:, None]).flatten())
+    return rows.view(batch, heads, *draws.shape, width)
+
+
 def _kernel_times(x: Tensor, z: Tensor, u: Tensor) -> Tensor:
     return _kernel(x, z) @ u
 

@@ -25,6 +25,7 @@ class LongspanConfig(PreTrainedConfig):
         encoder_mixers, encoder_layers: of the encoder of a sequence-to-sequence model, by default
             those of the decoder.
         position: a mechanism of kind position, likewise; None for none.
+        residual: a mechanism of kind residual, likewise, in place of each sum x + y; None for that.
         axes: sizes of a grid that the tokens fill row by row: each axis gets a learned table, and
             their sum is added to the embeddings, beside a position that rotates or biases.
         length: for the mechanisms and positions that are built for one.
@@ -70,6 +71,7 @@ class LongspanConfig(PreTrainedConfig):
     encoder_mixers: Sequence[Spec] | None = None
     encoder_layers: int | None = None
     position: Spec | None = "rope"
+    residual: Spec | None = None
     norm: Literal["layer", "rms"] = "layer"
     norm_order: Literal["pre", "post"] = "pre"
     activation: Literal["relu", "gelu", "silu"] = "gelu"
@@ -97,6 +99,8 @@ class LongspanConfig(PreTrainedConfig):
             self.encoder_mixers = _specs("encoder_mixers", self.encoder_mixers, MIXING)
         if self.position is not None:
             (self.position,) = _specs("position", [self.position], ("position",))
+        if self.residual is not None:
+            (self.residual,) = _specs("residual", [self.residual], ("residual",))
         for name, known in (
             ("norm", NORMS),
             ("norm_order", ("pre", "post")),

@@ -1,5 +1,6 @@
 """LongspanModel: an embedding and a stack of blocks, whatever they mix with."""
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +15,7 @@ from longspan.models.axes import AxisPosition
 from longspan.models.config import LongspanConfig, Spec, split
 from longspan.models.packing import packing
 from longspan.nn import FeedForward, Mixer, MultiHead, Position, norm
+from longspan.nn.residual import Residual, Reversible
 from longspan.shapes import Inputs, Keep, Marks, Tokens
 
 Part = TypeVar("Part", bound=nn.Module)
@@ -137,6 +139,8 @@ class LongspanModel(hub.Pretrained):
         self.embed_tokens = nn.Embedding(config.vocab_size, width)
         self.position = self._embedding_position()
         self.dropout = nn.Dropout(config.dropout)
+        residual = self._residual()
+        self.streams = self._streams(residual)
         self.layers = nn.ModuleList(
             hub.Layer(
                 self._settled(mixer(spec, config=config, causal=self.causal)),
@@ -146,6 +150,7 @@ class LongspanModel(hub.Pretrained):
                 norms=kind,
                 dropout=config.dropout,
                 cross=self._cross() if cross else None,
+                residual=residual if self.streams is None else None,
             )
             for spec in config.tiled()
         )
@@ -169,6 +174,30 @@ class LongspanModel(hub.Pretrained):
                 std=deviation(config, len(config.axes) * config.width),
             )
         return None if position is None else hub.settled(position)
+
+    def _residual(self) -> Callable[[], Residual] | None:
+        if self.config.residual is None:
+            return None
+        id_, options = split(self.config.residual)
+        return lambda: hub.settled(_build(id_, {"width": self.config.width}, options))
+
+    def _streams(self, residual: Callable[[], Residual] | None) -> Reversible | None:
+        """What gives the stack two streams, where its residual is reversible."""
+        streams = None if residual is None else residual()
+        if not isinstance(streams, Reversible):
+            return None
+        if (streams.enters, streams.leaves) != ("duplicate", "mean"):
+            raise LongspanError(
+                f"residual enters by {streams.enters} and leaves by {streams.leaves}, which "
+                "changes the width: a model takes enter='duplicate', leave='mean'."
+            )
+        enters = self.position is not None and "enter" in self.position.acts
+        if self.config.norm_order == "post" or self.config.sharing is not None or enters:
+            raise LongspanError(
+                "reversible layers need what can be undone: norm_order='pre', sharing=None and a "
+                "position that adds nothing between layers."
+            )
+        return streams
 
     def _feed_forward(self) -> FeedForward:
         config = self.config
@@ -276,18 +305,30 @@ class LongspanModel(hub.Pretrained):
         states = cache.states or (None,) * len(self.layers)
         carried, hidden = [], [x]
         lends, weights = self.config.sharing is not None, None
-        for n, (layer, state) in enumerate(zip(self.layers, states, strict=True)):
-            if position is not None and "enter" in position.acts:
-                x = position.enter(x, pos, n)
-            state = Lent(weights, state) if lends else state
-            # The input goes by position: recomputation tracks the gradients of those alone.
-            x, state = layer(
-                x, state, keep=keep, marks=marks, encoded=encoded, encoded_keep=encoded_keep
+        if self.streams is not None:
+            around = keep, marks, encoded, encoded_keep
+            x, between = self._reversible(
+                self.streams,
+                x,
+                states,
+                carried if use_cache else None,
+                output_hidden_states,
+                around,
             )
-            weights, state = state if lends else (None, state)
-            carried.append(state if use_cache else None)
-            if output_hidden_states:
-                hidden.append(x)
+            hidden += between
+        else:
+            for n, (layer, state) in enumerate(zip(self.layers, states, strict=True)):
+                if position is not None and "enter" in position.acts:
+                    x = position.enter(x, pos, n)
+                state = Lent(weights, state) if lends else state
+                # The input goes by position: recomputation tracks the gradients of those alone.
+                x, state = layer(
+                    x, state, keep=keep, marks=marks, encoded=encoded, encoded_keep=encoded_keep
+                )
+                weights, state = state if lends else (None, state)
+                carried.append(state if use_cache else None)
+                if output_hidden_states:
+                    hidden.append(x)
         x = self.norm(x)
         if use_cache:
             new = length if keep is None else keep.sum(1)
@@ -297,6 +338,37 @@ class LongspanModel(hub.Pretrained):
             past_key_values=cache if use_cache else None,
             hidden_states=(*hidden[:-1], x) if output_hidden_states else None,
         )
+
+    def _reversible(
+        self,
+        streams: Reversible,
+        x: Tensor,
+        states: Any,
+        carried: list[Any] | None,
+        between: bool | None,
+        around: tuple[Keep | None, Marks | None, Tensor | None, Keep | None],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """x after all layers, and after each where asked for; new states go to `carried`."""
+        keep, marks, encoded, encoded_keep = around
+        layers = [
+            layer.steps(  # pyright: ignore[reportCallIssue]
+                state,
+                carry=None if carried is None else carried.append,
+                keep=keep,
+                marks=marks,
+                encoded=encoded,
+                encoded_keep=encoded_keep,
+            )
+            for layer, state in zip(self.layers, states, strict=True)
+        ]
+        # A run keeps nothing between its layers: what is asked for ends a run.
+        runs = layers if between else [[step for steps in layers for step in steps]]
+        first, second = streams.enter(x)
+        after = []
+        for steps in runs:
+            first, second = streams.through(steps, first, second)
+            after.append(streams.leave(first, second))
+        return after[-1] if after else x, after
 
     def _packed(
         self,

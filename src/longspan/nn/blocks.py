@@ -1,12 +1,16 @@
 """What stands around a mixer: norms, feed-forwards, the residual block."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longspan.engines.reversible import Step
 from longspan.errors import LongspanError
 from longspan.nn.protocols import Mixer
+from longspan.nn.residual import Residual, joined
+from longspan.nn.state import tensors
 from longspan.shapes import Context, Inputs, Keep, Marks
 
 NORMS: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
@@ -58,6 +62,7 @@ class Block(nn.Module):
 
     Args:
         cross: a second mixer between the two, which attends to an encoder's output.
+        residual: makes what stands in place of each sum, one for each branch.
     """
 
     def __init__(
@@ -70,6 +75,7 @@ class Block(nn.Module):
         norms: Literal["layer", "rms"] = "layer",
         dropout: float = 0.0,
         cross: Mixer | None = None,
+        residual: Callable[[], Residual] | None = None,
     ) -> None:
         super().__init__()
         if order not in ("pre", "post"):
@@ -81,6 +87,10 @@ class Block(nn.Module):
         self.cross_norm = None if cross is None else norm(norms, width)
         self.feed_forward_norm = None if feed_forward is None else norm(norms, width)
         self.dropout = nn.Dropout(dropout)
+        self.mixer_residual, self.cross_residual, self.feed_forward_residual = (
+            None if residual is None or part is None else residual()
+            for part in (mixer, cross, feed_forward)
+        )
 
     def forward(
         self,
@@ -94,13 +104,55 @@ class Block(nn.Module):
     ) -> tuple[Inputs, Any]:
         pre = self.order == "pre"
         y, state = self.mixer(self.mixer_norm(x) if pre else x, state, keep=keep, marks=marks)
-        x = x + self.dropout(y)
+        x = joined(self.mixer_residual, x, self.dropout(y))
         x = x if pre else self.mixer_norm(x)
         if self.cross is not None and self.cross_norm is not None:
             y, _ = self.cross(self.cross_norm(x) if pre else x, context=encoded, keep=encoded_keep)
-            x = x + self.dropout(y)
+            x = joined(self.cross_residual, x, self.dropout(y))
             x = x if pre else self.cross_norm(x)
         if self.feed_forward is not None and self.feed_forward_norm is not None:
-            x = x + self.dropout(self.feed_forward(self.feed_forward_norm(x) if pre else x))
+            y = self.feed_forward(self.feed_forward_norm(x) if pre else x)
+            x = joined(self.feed_forward_residual, x, self.dropout(y))
             x = x if pre else self.feed_forward_norm(x)
         return x, state
+
+    def steps(
+        self,
+        state: Any = None,
+        *,
+        carry: Callable[[Any], None] | None = None,
+        keep: Keep | None = None,
+        marks: Marks | None = None,
+        encoded: Context | None = None,
+        encoded_keep: Keep | None = None,
+    ) -> list[Step]:
+        """The branches one by one, of a pre-norm block in a reversible stack.
+
+        Args:
+            carry: is given the mixer's new state.
+        """
+        norms = self.mixer_norm, self.cross_norm, self.feed_forward_norm
+        mixer, cross, feed_forward = self.mixer, self.cross, self.feed_forward
+
+        def mix(x: Tensor) -> Tensor:
+            y, new = mixer(norms[0](x), state, keep=keep, marks=marks)
+            if carry is not None:
+                carry(new)
+            return self.dropout(y)
+
+        steps = [Step(mix, [norms[0], mixer], tensors(state))]
+        if cross is not None and norms[1] is not None:
+            at = norms[1]
+
+            def attend(x: Tensor) -> Tensor:
+                return self.dropout(cross(at(x), context=encoded, keep=encoded_keep)[0])
+
+            steps.append(Step(attend, [at, cross], [] if encoded is None else [encoded]))
+        if feed_forward is not None and norms[2] is not None:
+            before = norms[2]
+
+            def feed(x: Tensor) -> Tensor:
+                return self.dropout(feed_forward(before(x)))
+
+            steps.append(Step(feed, [before, feed_forward]))
+        return steps

@@ -1,7 +1,7 @@
 """Online spherical k-means: centroids of each head that follow the tokens they are nearest to."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from longspan.engines import dense, pattern
 from longspan.errors import LongspanError
+from longspan.nn.protocols import Attention
 from longspan.shapes import Keep, Keys, Outputs, Queries, Values
 
 Tokens = Float[Tensor, "B H L D"]
@@ -232,24 +233,73 @@ def near(q: Queries, k: Keys, v: Values, keep: Keep | None, *, reach: int, causa
     return dense.union(q, [(pattern.Banded([window], keep), k, v)])[0]
 
 
-def check_routing(name: str, heads: int, local: int | None, window: int | None, reach: int) -> int:
-    """The number of local heads, half of all by default; refuses what cannot be built."""
-    local = heads // 2 if local is None else local
-    if heads < 1 or not 0 <= local <= heads or reach < 0 or (window is not None and window < 1):
-        raise LongspanError(
-            f"{name} got heads={heads}, local={local}, window={window}, reach={reach}: expected "
-            "0 ≤ local ≤ heads, a window of at least 1 and a reach of at least 0."
-        )
-    return local
+class RoutedAttention(Attention):
+    """Attention whose first heads are `local` and whose others are routed by centroids.
 
+    Args:
+        clusters: centroids of each routed head. window: tokens a cluster, at least 1.
+        local: how many heads, the first, are local; by default half. reach: of theirs.
+        decay, sums, seed: of the `Centroids`. commitment: β of `commit`.
 
-def check_fits(name: str, heads: int, width: int, x: Tensor) -> None:
-    """Refuse inputs of other heads or width than the centroids."""
-    if (x.shape[1], x.shape[3]) != (heads, width):
-        raise LongspanError(
-            f"{name} was built for {heads} heads of width {width} and got {x.shape[1]} of "
-            f"{x.shape[3]}: build it with heads={x.shape[1]}, head_width={x.shape[3]}."
+    Raises:
+        LongspanError: sizes below 1; local heads that are not among the heads.
+
+    Attributes:
+        name: what errors call it.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(
+        self,
+        *,
+        heads: int,
+        head_width: int,
+        causal: bool = False,
+        clusters: int = 64,
+        window: int | None = None,
+        local: int | None = None,
+        reach: int = 128,
+        decay: float = 0.999,
+        sums: bool = False,
+        commitment: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(causal=causal)
+        local = heads // 2 if local is None else local
+        if heads < 1 or not 0 <= local <= heads or reach < 0 or (window is not None and window < 1):
+            raise LongspanError(
+                f"{self.name} got heads={heads}, local={local}, window={window}, reach={reach}: "
+                "expected 0 ≤ local ≤ heads, a window of at least 1 and a reach of at least 0."
+            )
+        self.local, self.window, self.reach, self.beta = local, window, reach, commitment
+        self.means = Centroids(
+            heads - local, clusters, head_width, decay=decay, sums=sums, seed=seed
         )
+        self.heads, self.width = heads, head_width
+
+    def check(self, q: Queries, k: Keys) -> None:
+        """Refuse inputs of other heads or width than the centroids, and causal earlier keys."""
+        if (q.shape[1], q.shape[3]) != (self.heads, self.width):
+            raise LongspanError(
+                f"{self.name} was built for {self.heads} heads of width {self.width} and got "
+                f"{q.shape[1]} of {q.shape[3]}: build it with heads={q.shape[1]}, "
+                f"head_width={q.shape[3]}."
+            )
+        if self.causal and q.shape[2] != k.shape[2]:
+            raise LongspanError(
+                f"{self.name} routes its queries as keys and got {q.shape[2]} for "
+                f"{k.shape[2]} keys: carry earlier tokens in the state."
+            )
+
+    def nearby(self, q: Queries, k: Keys, v: Values, keep: Keep | None) -> Tensor:
+        """The local heads' outputs, of the first heads of q, k and v."""
+        q, k, v = (t[:, : self.local] for t in (q, k, v))
+        return near(q, k, v, keep, reach=self.reach, causal=self.causal)
+
+    def committed(self, x: Tokens, centroids: Float[Tensor, "H C D"]) -> Tokens:
+        """x; in training with the gradient of the commitment, where it has a weight."""
+        return commit(x, centroids, self.beta) if self.training and self.beta else x
 
 
 def _shared() -> bool:

@@ -14,11 +14,12 @@ from longspan.engines.bucket.cells import (
     asymmetric,
     attend_cells,
     balanced,
+    clusters,
     members,
     rows_of,
     spread,
 )
-from longspan.engines.bucket.collide import expected, sampled
+from longspan.engines.bucket.collide import expected, sampled, sampled_by
 from longspan.engines.bucket.order import (
     Buckets,
     Hashed,
@@ -38,7 +39,9 @@ from longspan.engines.bucket.order import (
 from longspan.engines.bucket.spikes import (
     UpTo,
     awoken,
+    budget,
     capped,
+    ceil_log,
     foremost,
     leading,
     placed,
@@ -68,8 +71,11 @@ __all__ = [
     "awoken",
     "balanced",
     "blocks_of",
+    "budget",
     "capped",
+    "ceil_log",
     "check_shared",
+    "clusters",
     "expected",
     "factor",
     "foremost",
@@ -85,6 +91,7 @@ __all__ = [
     "rows_of",
     "running_spikes",
     "sampled",
+    "sampled_by",
     "sampled_spikes",
     "sinkhorn",
     "spikes",

@@ -140,6 +140,35 @@ def asymmetric(
     return torch.cat([F.normalize(q, dim=-1), halves], -1), torch.cat([small, powers], -1)
 
 
+def clusters(
+    q: Float[Tensor, "B H L D"],
+    k: Float[Tensor, "B H S D"],
+    keep: Bool[Tensor, "B S"] | None,
+    generator: torch.Generator | None,
+    *,
+    size: int,
+    rounds: int,
+    transform: str,
+) -> list[tuple[Index, Index]]:
+    """Whom each cell of each round holds: queries B H C a and keys B H C b, L or S: none.
+
+    Both are lifted by `asymmetric`, projected on a random direction a head and round, and cut into
+    `balanced` cells, as many as hold `size` queries each. Where L = S, `keep` is the queries' too.
+    """
+    own = keep if q.shape[2] == k.shape[2] else None
+    x, y = asymmetric(q, k, own, keep, transform)
+    directions = torch.randn(q.shape[1], x.shape[3], rounds, generator=generator)
+    directions = directions.to(x.device, x.dtype)
+    counts = x.new_full(x.shape[:1], q.shape[2], dtype=torch.long)
+    cells = -(-(counts if own is None else own.sum(1)) // size)
+    with torch.autocast(x.device.type, enabled=False):
+        of_q, of_k = (t @ directions for t in (x, y))
+    return [
+        (balanced(of_q[..., r], cells, own), balanced(of_k[..., r], cells, keep))
+        for r in range(rounds)
+    ]
+
+
 class Tiles(Layout):
     """Queries X C a D meet keys X C b D, cell by cell, where `seen`: (X|1) (C|1) (a|1) b."""
 

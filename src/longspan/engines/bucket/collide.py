@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longspan.engines import pattern
-from longspan.engines.bucket.order import Buckets
+from longspan.engines.bucket.order import Buckets, hash_angles, rotations
 from longspan.shapes import Keys, Outputs, Queries, Values
 
 KeyBuckets = Int[Tensor, "B H R S"]
@@ -36,6 +36,22 @@ def sampled(q: Queries, k: Keys, v: Values, of_q: Buckets, of_k: KeyBuckets, bit
     numbers a code, a few columns at a time. Nothing of size L · S is made.
     """
     return _sampled(q, k, v, of_q, of_k, bits)
+
+
+def sampled_by(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    *,
+    bits: int,
+    rounds: int,
+    generator: torch.Generator | None = None,
+) -> Outputs:
+    """`sampled` under fresh codes, the signs of `bits` random projections in each round."""
+    signs = (2,) * bits  # of one direction each
+    turns = rotations(q.shape[1], rounds, q.shape[3], signs, generator=generator)
+    of_q, of_k = (hash_angles(t, turns, signs) for t in (q, k))
+    return sampled(q, k, v, of_q, of_k, bits)
 
 
 class _Expected(torch.autograd.Function):

@@ -21,6 +21,16 @@ Counts = Int[Tensor, "B L"]
 DRAWS = 1024
 
 
+def budget(tokens: Int[Tensor, "..."], factor: int) -> Int[Tensor, "..."]:
+    """factor · ⌈ln n⌉ for each count n of tokens, at most n, at least 1 unless the factor is 0."""
+    return torch.minimum(factor * ceil_log(tokens), tokens)
+
+
+def ceil_log(tokens: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+    """⌈ln n⌉, at least 1."""
+    return tokens.clamp(min=1).double().log().ceil().long().clamp(min=1)
+
+
 @torch.no_grad()
 def spikes(
     q: Float[Tensor, "B H L D"],

@@ -12,9 +12,10 @@ from longspan.engines import dense, pattern, tiles
 from longspan.engines.pattern import Pattern, PerHead, Window
 from longspan.engines.pattern.values import Intervals
 from longspan.errors import LongspanError
-from longspan.nn import Attention, Bias
+from longspan.nn import Bias
+from longspan.nn.tiled import TiledAttention
 from longspan.registry import mechanism
-from longspan.shapes import Keep, Keys, Outputs, Queries, Values
+from longspan.shapes import Keep
 
 
 def tile_sizes(width: int, memory: int = 2**16) -> tuple[int, int]:
@@ -79,7 +80,7 @@ def butterfly(near: int = 1) -> Pattern:
         exact={},
     )
 )
-class FlashAttention(Attention):
+class FlashAttention(TiledAttention):
     """O = softmax(τ Q Kᵀ) V by tiles, running maximum and sum rescaled (Alg. 1).
 
     Backward (Alg. 4), from Q, K, V, O and the logsumexp: P_ij = exp(s_ij − lse_i),
@@ -102,8 +103,6 @@ class FlashAttention(Attention):
             `fused` for what it lacks; more tokens than a matrix of blocks has room for.
     """
 
-    takes_bias = True
-
     def __init__(
         self,
         *,
@@ -116,7 +115,7 @@ class FlashAttention(Attention):
         scale: float | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(causal=causal)
+        super().__init__(causal=causal, dropout=dropout, scale=scale, generator=generator)
         if backend not in ("auto", "fused", "tiled"):
             raise LongspanError(f"no backend '{backend}'; expected auto, fused or tiled.")
         if min(block, *(tile or (1,))) < 1 or not 0 <= dropout < 1:
@@ -125,7 +124,6 @@ class FlashAttention(Attention):
                 "block holds at least 1 token, and 0 ≤ dropout < 1."
             )
         self.backend, self.tile, self.block = backend, tile, block
-        self.dropout, self.scale, self.generator = dropout, scale, generator
         self.room: tuple[int, ...] = ()
         self.sparse = blocks is not None
         self.sees = self._pattern(blocks)
@@ -152,24 +150,15 @@ class FlashAttention(Attention):
         found = [one.blocks(self.block) for one in choices]
         return pattern.per_head([one & order for one in found] if self.causal else found)
 
-    def forward(
-        self,
-        q: Queries,
-        k: Keys,
-        v: Values,
-        state: pattern.History | None = None,
-        *,
-        keep: Keep | None = None,
-        bias: Bias | None = None,
-    ) -> tuple[Outputs, pattern.History | None]:
-        k, v, keep, state = tiles.carry(k, v, state, keep, causal=self.causal)
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, keep: Keep | None, bias: Bias | None, dropout: float
+    ) -> Tensor:
         queries, keys = q.shape[2], k.shape[2]
         if self.room and (keys > self.room[1] or max(queries, self.causal * keys) > self.room[0]):
             raise LongspanError(
                 f"flashattention got {queries} queries and {keys} keys, and its blocks cover "
                 f"{self.room[0]} and {self.room[1]}: give a larger matrix, or a pattern."
             )
-        dropout = self.dropout if self.training else 0.0
         way = backend(
             queries,
             keys,
@@ -184,12 +173,11 @@ class FlashAttention(Attention):
                 "again and no block mask across two sequences: build with backend='auto'."
             )
         if way == "tiled" or self.backend == "tiled":
-            return self._tiled(q, k, v, keep, bias, dropout), state
+            return self._tiled(q, k, v, keep, bias, dropout)
         if not self.sparse:
-            return dense.attend(q, k, v, causal=self.causal, keep=keep, scale=self.scale), state
+            return dense.attend(q, k, v, causal=self.causal, keep=keep, scale=self.scale)
         size = (self.block, self.block)
-        o = pattern.attend(q, k, v, self.sees, keep=keep, block=size, scale=self.scale)
-        return o, state
+        return pattern.attend(q, k, v, self.sees, keep=keep, block=size, scale=self.scale)
 
     def _tiled(
         self, q: Tensor, k: Tensor, v: Tensor, keep: Keep | None, bias: Bias | None, dropout: float

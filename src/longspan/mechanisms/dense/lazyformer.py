@@ -53,32 +53,16 @@ class Kept(Attention):
         return o, given.Lent(weights, past if self.causal else None)
 
 
-class First(MultiHead):
-    """The first layer of a lazy block: attention that lends its weights."""
+class Lending(MultiHead):
+    """A layer of a lazy block: the first attends and lends its weights, a `lazy` one borrows them.
 
-    def forward(
-        self,
-        x: Inputs,
-        state: given.Lent | None = None,
-        *,
-        keep: Keep | None = None,
-        context: Context | None = None,
-        marks: Marks | None = None,
-    ) -> tuple[Inputs, given.Lent]:
-        y, after = super().forward(
-            x, None if state is None else state.own, keep=keep, context=context, marks=marks
-        )
-        assert after is not None
-        weights, past = after.attention
-        return y, given.Lent(weights, past and MultiHeadState(past, after.seen))
-
-
-class Lazy(MultiHead):
-    """A later layer of a lazy block: W_v and W_o around the weights of the first.
+    A lazy layer is W_v and W_o around the weights of the first.
 
     Raises:
-        LongspanError: no weights; a context or marks, which the weights know nothing of.
+        LongspanError: of a lazy layer: no weights; a context or marks, which they know nothing of.
     """
+
+    lazy = False
 
     def forward(
         self,
@@ -89,6 +73,12 @@ class Lazy(MultiHead):
         context: Context | None = None,
         marks: Marks | None = None,
     ) -> tuple[Inputs, given.Lent]:
+        if not self.lazy:
+            own = None if state is None else state.own
+            y, after = super().forward(x, own, keep=keep, context=context, marks=marks)
+            assert after is not None
+            weights, past = after.attention
+            return y, given.Lent(weights, past and MultiHeadState(past, after.seen))
         if state is None or state.weights is None or context is not None or marks is not None:
             raise LongspanError(
                 "a lazy layer mixes one sequence by the weights of another layer: give these as "
@@ -144,7 +134,7 @@ def lazyformer(
     Args:
         dropout: of the weights, once for all layers of the block; the paper has none (Sec. 3.2).
     """
-    built = (Lazy if lazy else First)(
+    built = Lending(
         Kept(causal=causal, dropout=dropout),
         width=width,
         heads=heads,
@@ -152,6 +142,7 @@ def lazyformer(
         kv_heads=kv_heads,
         position=None if lazy else position,
     )
+    built.lazy = lazy
     if lazy:
         del built.project["q"], built.project["k"]
     return built

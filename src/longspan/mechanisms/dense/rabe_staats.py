@@ -3,13 +3,15 @@
 import math
 
 import torch
+from torch import Tensor
 
 from longspan.card import Card
 from longspan.engines import pattern, tiles
 from longspan.errors import LongspanError
-from longspan.nn import Attention, Bias
+from longspan.nn import Bias
+from longspan.nn.tiled import TiledAttention
 from longspan.registry import mechanism
-from longspan.shapes import Keep, Keys, Outputs, Queries, Values
+from longspan.shapes import Keep
 
 
 @mechanism(
@@ -30,7 +32,7 @@ from longspan.shapes import Keep, Keys, Outputs, Queries, Values
         exact={},
     )
 )
-class ChunkedAttention(Attention):
+class ChunkedAttention(TiledAttention):
     """o_i = Σ_j exp(s_ij − m_i) v_j / Σ_j exp(s_ij − m_i), the division last (Eq. 2).
 
     Chunks of keys give (Σ exp(s − m) v, Σ exp(s − m), m) each, joined by rescaling to the larger
@@ -48,8 +50,6 @@ class ChunkedAttention(Attention):
         LongspanError: chunks of no token, a dropout outside 0 ≤ p < 1.
     """
 
-    takes_bias = True
-
     def __init__(
         self,
         *,
@@ -60,38 +60,28 @@ class ChunkedAttention(Attention):
         scale: float | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(causal=causal)
+        super().__init__(causal=causal, dropout=dropout, scale=scale, generator=generator)
         if query_chunk < 1 or (key_chunk is not None and key_chunk < 1) or not 0 <= dropout < 1:
             raise LongspanError(
                 f"rabe-staats got query_chunk={query_chunk}, key_chunk={key_chunk}, "
                 f"dropout={dropout}: chunks hold at least 1 token, and 0 ≤ dropout < 1."
             )
         self.query_chunk, self.key_chunk = query_chunk, key_chunk
-        self.dropout, self.scale, self.generator = dropout, scale, generator
 
-    def forward(
-        self,
-        q: Queries,
-        k: Keys,
-        v: Values,
-        state: pattern.History | None = None,
-        *,
-        keep: Keep | None = None,
-        bias: Bias | None = None,
-    ) -> tuple[Outputs, pattern.History | None]:
-        k, v, keep, state = tiles.carry(k, v, state, keep, causal=self.causal)
-        o, _ = tiles.attend(
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, keep: Keep | None, bias: Bias | None, dropout: float
+    ) -> Tensor:
+        return tiles.attend(
             q,
             k,
             v,
             shape=pattern.causal if self.causal else pattern.everything,
             seen=None if keep is None else keep[:, None, None],
             bias=bias,
-            dropout=self.dropout if self.training else 0.0,
+            dropout=dropout,
             generator=self.generator,
             scale=self.scale,
             rows=self.query_chunk,
             cols=self.key_chunk or max(1, math.isqrt(k.shape[2])),
             recompute=True,
-        )
-        return o, state
+        )[0]

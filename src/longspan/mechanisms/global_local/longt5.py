@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from longspan.card import Card
 from longspan.engines import pattern
 from longspan.errors import LongspanError
-from longspan.nn import Mixer, Position
+from longspan.nn import Position
+from longspan.nn.within import Within
 from longspan.registry import mechanism
-from longspan.shapes import Context, Inputs, Keep, Keys, Marks, Queries
+from longspan.shapes import Inputs, Keep, Keys, Queries
 
 
 class Buckets(Position):
@@ -69,7 +70,7 @@ class Buckets(Position):
         tiny={"width": 24, "heads": 3, "radius": 5, "block": 4, "buckets": 8, "distance": 12},
     )
 )
-class LongT5(Mixer):
+class LongT5(Within):
     """o_i = softmax(q_i [K_near ; K_g]ᵀ + [b_{j−i} ; b'_{m−run(i)}]) [V_near ; V_g]  (Sec. 3.2).
 
     Near are the keys |i − j| ≤ r. K_g and V_g are the same projections of the transient globals
@@ -84,6 +85,8 @@ class LongT5(Mixer):
         radius: r. block: k; None for local attention alone.
         buckets, distance: of both biases, b and b'.
     """
+
+    refusal = "longt5 attends within one sequence: no context, no marks."
 
     def __init__(
         self,
@@ -117,17 +120,7 @@ class LongT5(Mixer):
         """Take the biases of the first layer, as all layers of a T5 do."""
         self.near, self.far = first.near, first.far
 
-    def forward(
-        self,
-        x: Inputs,
-        state: None = None,
-        *,
-        keep: Keep | None = None,
-        context: Context | None = None,
-        marks: Marks | None = None,
-    ) -> tuple[Inputs, None]:
-        if context is not None or marks is not None:
-            raise LongspanError("longt5 attends within one sequence: no context, no marks.")
+    def mix(self, x: Inputs, keep: Keep | None) -> Inputs:
         order = None
         if keep is not None:
             # Kept tokens first: windows and blocks count these alone.
@@ -136,8 +129,8 @@ class LongT5(Mixer):
             keep = torch.arange(x.shape[1], device=x.device) < keep.sum(1, keepdim=True)
         y = self.output(rearrange(self._attend(x, keep), "B H L D -> B L (H D)"))
         if order is None or keep is None:
-            return y, None
-        return torch.zeros_like(y).scatter(1, order, y.masked_fill(~keep[..., None], 0)), None
+            return y
+        return torch.zeros_like(y).scatter(1, order, y.masked_fill(~keep[..., None], 0))
 
     def _attend(self, x: Tensor, keep: Keep | None) -> Tensor:
         def heads(name: str, of: Tensor) -> Tensor:

@@ -4,13 +4,12 @@ import math
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
 
 from longspan.card import Card
-from longspan.engines import lowrank, scan
+from longspan.engines import features, lowrank, scan
 from longspan.errors import LongspanError
-from longspan.nn import Attention, MultiHead
+from longspan.nn import Attention
+from longspan.nn.maps import MapAttention
 from longspan.registry import mechanism
 from longspan.shapes import Keep, Keys, Outputs, Queries, Values
 
@@ -62,7 +61,7 @@ class EfficientAttention(Attention):
             k = k.masked_fill(unseen, -math.inf if softmax else 0)
             v = v.masked_fill(unseen, 0)
         if not softmax:
-            return self._scaled(q, k, v, state, keep)
+            return features.averaged(q, k, v, state, causal=self.causal, keep=keep)
         wide = torch.promote_types(q.dtype, torch.float32)
         q = q.softmax(-1, dtype=wide).to(q.dtype)
         if self.causal:
@@ -71,24 +70,8 @@ class EfficientAttention(Attention):
         k = torch.ops.aten._safe_softmax(k.mT, -1, dtype=wide).to(k.dtype).mT
         return scan.total(q, k, v), None
 
-    def _scaled(
-        self, q: Tensor, k: Tensor, v: Tensor, state: Any, keep: Keep | None
-    ) -> tuple[Tensor, Any]:
-        kept = torch.ones_like(k[:, 0, :, 0]) if keep is None else keep.to(k.dtype)
-        kept = kept.to(torch.promote_types(k.dtype, torch.float32))
-        if not self.causal:
-            return scan.total(q, k, v) / _count(kept.sum(1)[:, None]).to(v.dtype), None
-        sums, seen = (None, kept.new_zeros(len(kept))) if state is None else state
-        o, sums = scan.outer(q, k, v, sums)
-        count = (seen[:, None] + kept.cumsum(1))[:, -q.shape[2] :]
-        return o / _count(count).to(v.dtype), (sums, seen + kept.sum(1))
 
-
-def _count(n: Float[Tensor, "B L"]) -> Float[Tensor, "B 1 L 1"]:
-    return n.clamp(min=1)[:, None, :, None]
-
-
-class EfficientAttention2d(nn.Module):
+class EfficientAttention2d(MapAttention):
     """x + reproject(attention over the H × W places) of feature maps, B C H W (Sec. 3.4).
 
     Args:
@@ -104,21 +87,5 @@ class EfficientAttention2d(nn.Module):
         values: int | None = None,
         normalisation: Normalisation = "softmax",
     ) -> None:
-        super().__init__()
-        keys, values = keys or width // 2, values or width // 2
-        if keys % heads or values % heads:
-            raise LongspanError(
-                f"{keys} key and {values} value channels do not divide into {heads} heads: "
-                "choose multiples."
-            )
-        self.mixer = MultiHead(
-            EfficientAttention(normalisation=normalisation),
-            width=width,
-            heads=heads,
-            head_width=keys // heads,
-            value_width=values // heads,
-        )
-
-    def forward(self, x: Float[Tensor, "B C Y X"]) -> Float[Tensor, "B C Y X"]:
-        y, _ = self.mixer(x.flatten(2).mT)
-        return x + y.mT.view_as(x)
+        attention = EfficientAttention(normalisation=normalisation)
+        super().__init__(attention, width=width, heads=heads, keys=keys, values=values)

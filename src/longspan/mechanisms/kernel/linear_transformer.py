@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from longspan.card import Card
+from longspan.engines import features as feature_maps
 from longspan.engines import scan
 from longspan.nn import Attention, Turn
 from longspan.registry import mechanism
@@ -78,7 +79,8 @@ class LinearTransformer(Attention):
         turns: tuple[Turn, Turn] | None = None,
     ) -> tuple[Outputs, Float[Tensor, "B H M V+1"] | None]:
         if turns is not None:
-            return self._turned(q, k, v, state, keep, turns)
+            form = {"causal": self.causal, "eps": self.eps}
+            return feature_maps.turned(self.features, q, k, v, state, turns, keep=keep, **form)
         unseen = None if keep is None else ~keep[:, None, :, None]
         feature = ELU if self.features is elu_plus_one else None
         if unseen is not None:
@@ -90,31 +92,3 @@ class LinearTransformer(Attention):
         if self.causal:
             return scan.outer(q, k, v, state, feature=feature, normalise=self.eps)
         return scan.total(q, k, v, feature=feature, normalise=self.eps), None
-
-    def _turned(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        state: Tensor | None,
-        keep: Keep | None,
-        turns: tuple[Turn, Turn],
-    ) -> tuple[Tensor, Tensor | None]:
-        wide = torch.promote_types(q.dtype, torch.float32)
-        with torch.autocast(q.device.type, enabled=False):
-            if keep is not None:
-                k, v = (t.masked_fill(~keep[:, None, :, None], 0) for t in (k, v))
-            phi_q, phi_k = self.features(q.to(wide)), self.features(k.to(wide))
-            if keep is not None:
-                phi_k = phi_k.masked_fill(~keep[:, None, :, None], 0)
-            turned = turns[0](phi_q), turns[1](phi_k), v.to(wide)
-            plain = phi_q, phi_k, torch.ones_like(phi_k[..., :1])
-            carried = None
-            if self.causal:
-                before = (None, None) if state is None else state.split([v.shape[3], 1], -1)
-                above, s = scan.outer(*turned, before[0])
-                below, z = scan.outer(*plain, before[1])
-                carried = torch.cat([s, z], -1)
-            else:
-                above, below = scan.total(*turned), scan.total(*plain)
-            return (above / (below + self.eps)).to(q.dtype), carried

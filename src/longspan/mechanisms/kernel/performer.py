@@ -8,17 +8,9 @@ from torch import Tensor
 
 from longspan.card import Card
 from longspan.engines import features as feature
-from longspan.engines.features import Sums
 from longspan.errors import LongspanError
-from longspan.nn import Attention
+from longspan.nn.featured import FeatureAttention
 from longspan.registry import mechanism
-from longspan.shapes import Keep, Keys, Outputs, Queries, Values
-
-SOFTMAX: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
-    "positive": feature.positive,
-    "hyperbolic": feature.hyperbolic,
-    "trigonometric": feature.trigonometric,
-}
 
 
 @mechanism(
@@ -37,7 +29,7 @@ SOFTMAX: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
         tiny={"heads": 3, "head_width": 8, "features": 16},
     )
 )
-class Performer(Attention):
+class Performer(FeatureAttention):
     """Attention with the weights φ(q)·φ(k), x = q or k times D^(−1/4), w rows of W (Lemma 1):
 
         positive        exp(w·x − |x|²/2) / √M                                        (Eq. 5)
@@ -75,49 +67,27 @@ class Performer(Attention):
         redraw_every: int | None = None,
         eps: float = 1e-12,
     ) -> None:
-        super().__init__(causal=causal)
-        if isinstance(kernel, str) and kernel not in (*SOFTMAX, "relu"):
+        softmax = feature.SOFTMAX.get(kernel) if isinstance(kernel, str) else None
+        if isinstance(kernel, str) and kernel not in (*feature.SOFTMAX, "relu"):
             raise LongspanError(
-                f"performer has no kernel '{kernel}': expected {', '.join(SOFTMAX)}, relu or a "
-                "function of the projected queries and keys."
+                f"performer has no kernel '{kernel}': expected {', '.join(feature.SOFTMAX)}, relu "
+                "or a function of the projected queries and keys."
             )
-        self.kernel, self.eps = kernel, eps
-        self.softmax = SOFTMAX.get(kernel) if isinstance(kernel, str) else None
-        if self.softmax is not None and not projected:
+        if softmax is not None and not projected:
             raise LongspanError(
                 "performer's softmax kernels need directions: leave projected=True."
             )
-        self.directions = None
+        rows, size = None, head_width
         if projected:
-            self.directions = feature.Directions(
-                features,
-                head_width,
-                heads=heads,
-                per_head=per_head,
-                kind=directions,
-                norms=norms,
-                seed=seed,
-                redraw_every=redraw_every,
-            )
-        twice = kernel in ("hyperbolic", "trigonometric")
-        self.size = (2 if twice else 1) * features if projected else head_width
+            drawn = {"kind": directions, "norms": norms, "seed": seed, "redraw_every": redraw_every}
+            shape = {"heads": heads, "per_head": per_head}
+            rows = feature.Directions(features, head_width, **shape, **drawn)
+            size = features * (2 if kernel in ("hyperbolic", "trigonometric") else 1)
+        super().__init__(causal=causal, directions=rows, size=size, eps=eps)
+        self.kernel, self.softmax = kernel, softmax
 
     def features(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """φ(x), and the logarithm of its unit."""
         if self.softmax is not None:
             return self.softmax(x * x.shape[-1] ** -0.25, rows)
         f = F.relu if isinstance(self.kernel, str) else self.kernel
         return feature.generalised(x, rows, f, 1e-3)
-
-    def forward(
-        self, q: Queries, k: Keys, v: Values, state: Sums | None = None, *, keep: Keep | None = None
-    ) -> tuple[Outputs, Sums | None]:
-        rows = None if self.directions is None else self.directions()
-        return feature.attend(
-            lambda x, _: self.features(x, rows),
-            *(q, k, v, state),
-            causal=self.causal,
-            keep=keep,
-            size=self.size,
-            eps=self.eps,
-        )

@@ -4,27 +4,13 @@ import math
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.card import Card
 from longspan.engines import features as feature
-from longspan.engines.features import Sums
 from longspan.errors import LongspanError, nearest
-from longspan.nn import Attention
+from longspan.nn.featured import FeatureAttention
 from longspan.registry import mechanism
-from longspan.shapes import Keep, Keys, Outputs, Queries, Values
-
-ACTIVATIONS = {
-    "sigmoid": torch.sigmoid,
-    "exp": torch.exp,
-    "relu": F.relu,
-    "abs": torch.abs,
-    "gelu": F.gelu,
-    "cos": torch.cos,
-    "tanh": torch.tanh,
-    "identity": torch.clone,
-}
 
 
 @mechanism(
@@ -45,7 +31,7 @@ ACTIVATIONS = {
         tiny={"head_width": 8, "features": 16},
     )
 )
-class PerformerFavor(Attention):
+class PerformerFavor(FeatureAttention):
     """D⁻¹ Q′ (K′ᵀ V) with Q′ = g(Q) φ(Q), K′ = φ(K) h(K) and D = diag(Q′ K′ᵀ 1) (Sec. 2.2).
 
     Softmax kernel (no `activation`), x = q or k times D^(−1/4): g(x) = h(x) = exp(|x|²/2),
@@ -83,47 +69,29 @@ class PerformerFavor(Attention):
         offset: float = 1e-3,
         eps: float = 1e-3,
     ) -> None:
-        super().__init__(causal=causal)
-        if activation is not None and activation not in ACTIVATIONS:
+        if activation is not None and activation not in feature.ENTRYWISE:
             raise LongspanError(
                 f"performer-favor has no activation '{activation}'"
-                f"{nearest(activation, ACTIVATIONS)} It has: {', '.join(ACTIVATIONS)}."
+                f"{nearest(activation, feature.ENTRYWISE)} It has: {', '.join(feature.ENTRYWISE)}."
             )
         if activation is None and not projected:
             raise LongspanError(
                 "performer-favor's softmax kernel needs directions: give an activation, or leave "
                 "projected=True."
             )
-        self.activation, self.offset, self.eps = activation, offset, eps
-        options = {"kind": directions, "norms": norms, "redraw_every": redraw_every}
-        self.directions = (
-            feature.Directions(features, head_width, seed=seed, **options) if projected else None
-        )
-        self.size = head_width if not projected else features * (2 if activation is None else 1)
+        options = {"kind": directions, "norms": norms, "redraw_every": redraw_every, "seed": seed}
+        rows = feature.Directions(features, head_width, **options) if projected else None
+        size = head_width if rows is None else features * (2 if activation is None else 1)
+        super().__init__(causal=causal, directions=rows, size=size, eps=eps)
+        self.activation, self.offset = activation, offset
         draws = torch.rand(features, generator=torch.Generator().manual_seed(seed + 1))
         self.register_buffer("phase", draws * (2 * math.pi) if phase else None)
 
     def features(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """φ(x), and the logarithm of its unit."""
         if self.activation is not None or rows is None:
-            f = ACTIVATIONS[self.activation or "identity"]
+            f = feature.ENTRYWISE[self.activation or "identity"]
             return feature.generalised(x, rows, f, self.offset)
         x = x * x.shape[-1] ** -0.25
         if self.phase is not None:
             return feature.phased(x, rows, self.phase)
         return feature.trigonometric(x, rows)
-
-    def weights(self, q: Queries, k: Keys, *, keep: Keep | None = None) -> Tensor:
-        """The matrix (B H L S) that the values are multiplied by, for inspection: quadratic."""
-        return feature.matrix(self, q, k, keep)
-
-    def forward(
-        self, q: Queries, k: Keys, v: Values, state: Sums | None = None, *, keep: Keep | None = None
-    ) -> tuple[Outputs, Sums | None]:
-        rows = self.directions() if self.directions is not None else None
-
-        def phi(x: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor | None]:
-            return self.features(x, rows)
-
-        form = {"causal": self.causal, "size": self.size, "eps": self.eps}
-        return feature.attend(phi, q, k, v, state, keep=keep, **form)

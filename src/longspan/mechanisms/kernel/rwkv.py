@@ -95,6 +95,5 @@ class Rwkv(Mixer):
             bonus=self.bonus[None],
         )
         y = self.output(torch.sigmoid(r) * wkv[:, 0])
-        if keep is not None:
-            y = y.masked_fill(~keep[..., None], 0)
+        y = y if keep is None else y.masked_fill(~keep[..., None], 0)
         return y, RwkvState(last, sums)

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from longspan.card import Card
 from longspan.errors import LongspanError
-from longspan.nn import Block, FeedForward, Mixer
+from longspan.nn import Block, FeedForward
+from longspan.nn.within import Within
 from longspan.registry import mechanism
-from longspan.shapes import Context, Inputs, Keep, Marks
+from longspan.shapes import Inputs, Keep
 
 
 @mechanism(
@@ -29,7 +30,7 @@ from longspan.shapes import Context, Inputs, Keep, Marks
         tiny={"width": 24, "heads": 3, "slots": 16},
     )
 )
-class ExternalAttention(Mixer):
+class ExternalAttention(Within):
     """A = Norm(F M_kᵀ), y = (A M_v) W_o with F = x W_q, in heads that share M_k and M_v (Alg. 2).
 
     Norm is double (Eq. 8): a softmax over the tokens for each slot, then each token's row divided
@@ -43,6 +44,8 @@ class ExternalAttention(Mixer):
     Raises:
         LongspanError: widths that do not divide, a context or marks.
     """
+
+    refusal = "external-attention attends to its memories alone: leave context and marks out."
 
     def __init__(
         self,
@@ -73,25 +76,13 @@ class ExternalAttention(Mixer):
         for memory, outputs in ((self.keys, slots), (self.values, inner // heads)):
             nn.init.normal_(memory, std=(2 / outputs) ** 0.5)  # by fan-out, as the official code
 
-    def forward(
-        self,
-        x: Inputs,
-        state: None = None,
-        *,
-        keep: Keep | None = None,
-        context: Context | None = None,
-        marks: Marks | None = None,
-    ) -> tuple[Inputs, None]:
-        if context is not None or marks is not None:
-            raise LongspanError(
-                "external-attention attends to its memories alone: leave context and marks out."
-            )
+    def mix(self, x: Inputs, keep: Keep | None) -> Inputs:
         if keep is not None:
             x = x.masked_fill(~keep[..., None], 0)
         f = rearrange(self.query(x), "B L (H D) -> B H L D", H=self.heads)
         weights = self.weights(f @ self.keys.mT, keep)
         y = self.output(rearrange(weights @ self.values, "B H L D -> B L (H D)"))
-        return (y if keep is None else y.masked_fill(~keep[..., None], 0)), None
+        return y if keep is None else y.masked_fill(~keep[..., None], 0)
 
     def weights(
         self, scores: Float[Tensor, "B H L M"], keep: Keep | None = None

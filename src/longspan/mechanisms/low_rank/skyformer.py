@@ -1,7 +1,6 @@
 """Skyformer and kernelized attention (Chen et al., 2021)."""
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from longspan.card import Card
@@ -79,8 +78,7 @@ class Skyformer(Attention):
 
     def redraw(self, generator: torch.Generator) -> None:
         """Other landmarks from now on."""
-        drawn = torch.randint(1 << 31, self.draws.shape, generator=generator)
-        self.draws.copy_(drawn)
+        self.draws.copy_(torch.randint(1 << 31, self.draws.shape, generator=generator))
 
     def forward(
         self, q: Queries, k: Keys, v: Values, state: None = None, *, keep: Keep | None = None
@@ -94,35 +92,8 @@ class Skyformer(Attention):
             qs, ks = (t * q.shape[3] ** -0.25 for t in (qs, ks))
             if self.landmarks is None:
                 return lowrank.gaussian(qs, ks[:, :, None], vs).to(v.dtype), None
-            z = torch.cat(
-                [
-                    self._sampled(t, draws, mask)
-                    for t, draws, mask in zip((qs, ks), self.draws, (own, keep), strict=True)
-                ],
-                3,
-            )
-            slots = self._inverse(z) @ lowrank.gaussian_sums(z, ks, vs)
+            pairs = zip((qs, ks), self.draws, (own, keep), strict=True)
+            z = torch.cat([lowrank.sampled(*pair) for pair in pairs], 3)
+            inverse = lowrank.gaussian_inverse(z, self.ridge, self.steps)
+            slots = inverse @ lowrank.gaussian_sums(z, ks, vs)
             return lowrank.gaussian(qs, z, slots).to(v.dtype), None
-
-    def _sampled(self, x: Tensor, draws: Tensor, keep: Tensor | None) -> Float[Tensor, "B H A M D"]:
-        """Rows of x among its kept ones."""
-        batch, heads, tokens, width = x.shape
-        if keep is None:
-            at = ((draws * tokens) >> 31).flatten().expand(batch, -1)
-        else:
-            order = (~keep).to(torch.uint8).argsort(dim=1, stable=True)
-            at = order.gather(1, (draws.flatten() * keep.sum(1)[:, None]) >> 31)
-        start = torch.arange(batch * heads, device=x.device).view(batch, heads, 1) * tokens
-        rows = x.reshape(-1, width).index_select(0, (start + at[:, None]).flatten())
-        return rows.view(batch, heads, *draws.shape, width)
-
-    def _inverse(self, z: Tensor) -> Float[Tensor, "B H M M"]:
-        """(κ(Z, Z) + γ I)⁻¹, preconditioned by its row sums, the ridge in them."""
-        eye = torch.eye(z.shape[3], dtype=z.dtype, device=z.device)
-        m = lowrank.gaussian(z.flatten(2, 3), z, eye.expand(*z.shape[:2], -1, -1))
-        m = m.unflatten(2, z.shape[2:4]).mean(2) + self.ridge * eye
-        if self.steps is None:
-            return torch.linalg.inv(m)
-        half = m.sum(-1).rsqrt()
-        both = half[..., :, None] * half[..., None, :]
-        return both * lowrank.inverse(both * m, self.steps)

@@ -84,11 +84,11 @@ class RelativeAttention(Attention):
                 "with causal=True and no relations, or without block."
             )
         self.length, self.block = length, block
-        std = head_width**-0.5 if std is None else std
+        deviation = head_width**-0.5 if std is None else std
 
         def table(rows: int) -> nn.Parameter:
             drawn = torch.empty(1 if shared else heads, rows, head_width)
-            return nn.Parameter(nn.init.normal_(drawn, std=std))
+            return nn.Parameter(nn.init.normal_(drawn, std=deviation))
 
         self.table = table(length if causal else 2 * length - 1)
         self.related = nn.ParameterList([table(rows) for rows in relations])

@@ -9,6 +9,7 @@ from longspan.engines import distance
 from longspan.errors import LongspanError
 from longspan.nn import Position
 from longspan.nn.positions import at_least_float32
+from longspan.nn.protocols import Act
 from longspan.registry import mechanism
 from longspan.shapes import Keys, Outputs, Queries
 
@@ -78,8 +79,9 @@ class ShawRelativePosition(Position):
 
         self.keys = table() if keys else None
         self.values = table() if values else None
-        acts = {"bias": self.keys, "spread": self.values}
-        self.acts = frozenset(act for act, table in acts.items() if table is not None)
+        bias: set[Act] = {"bias"} if keys else set()
+        spread: set[Act] = {"spread"} if values else set()
+        self.acts = frozenset(bias | spread)
 
     def bias(
         self, q: Queries, k: Keys, pos_q: Int[Tensor, "L"], pos_k: Int[Tensor, "S"]

@@ -7,7 +7,7 @@ from torch import Tensor
 from longspan.card import Card
 from longspan.engines import bucket
 from longspan.errors import LongspanError
-from longspan.nn import Attention
+from longspan.nn.spiking import SpikingAttention
 from longspan.registry import mechanism
 from longspan.shapes import Keep, Keys, Marks, Outputs, Queries, Values
 
@@ -35,7 +35,7 @@ from longspan.shapes import Keep, Keys, Marks, Outputs, Queries, Values
         },
     )
 )
-class Informer(Attention):
+class Informer(SpikingAttention):
     """Full attention for u = factor · ⌈ln L⌉ queries, a plain mean of values for the rest (Sec. 3).
 
     Queries are ranked by how far their scores s are from uniform, on U = factor · ⌈ln S⌉ keys,
@@ -56,21 +56,7 @@ class Informer(Attention):
         LongspanError: a factor below 0, causal keys before the queries.
     """
 
-    def __init__(
-        self,
-        *,
-        causal: bool = False,
-        factor: int = 5,
-        shared: bool = False,
-        exact: bool = False,
-        mean: bool = False,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(causal=causal)
-        if factor < 0:
-            raise LongspanError(f"informer got factor={factor}: expected 0 or more.")
-        self.factor, self.seed = factor, seed
-        self.sample_once, self.exact, self.mean = shared, exact, mean
+    name = "informer"
 
     def forward(
         self, q: Queries, k: Keys, v: Values, state: None = None, *, keep: Keep | None = None
@@ -94,25 +80,19 @@ class Informer(Attention):
             lazy = sums.sum(2, keepdim=True) / kept.sum(1).clamp(min=1).view(-1, 1, 1, 1)
             lazy = lazy.expand(-1, -1, length, -1)
         lazy = lazy.to(q.dtype)
-        budget = self._budget(own)
+        budget = bucket.budget(own.sum(1), self.factor)
         chosen = bucket.foremost(self.measure(q, k, own, kept), budget, own)  # B H u
         return bucket.awoken(lazy, q, k, v, chosen, kept, causal=self.causal), None
-
-    def _budget(self, keep: Keep) -> Tensor:
-        """factor · ⌈ln n⌉ of each row's n tokens, at most n, at least 1 unless the factor is 0."""
-        count = keep.sum(1)
-        logs = count.clamp(min=1).double().log().ceil().long().clamp(min=1)
-        return torch.minimum(self.factor * logs, count)
 
     @torch.no_grad()
     def measure(self, q: Queries, k: Keys, own: Marks, keep: Keep) -> Float[Tensor, "B H L"]:
         """M(q_i), without the scores' scale, which moves no rank; `own` masks the queries."""
-        budget = self._budget(own)
+        budget, count = (bucket.budget(t.sum(1), self.factor) for t in (own, keep))
         if bool(((budget == own.sum(1)) | (budget == 0)).all()):
             return q.new_zeros(q.shape[:3])  # all or none are chosen
         if self.exact:
             return bucket.spikes(q, k, keep)
-        generator = None if self.training else torch.Generator().manual_seed(self.seed)
+        most = self.factor * 24
         return bucket.sampled_spikes(
-            q, k, own, keep, self._budget(keep), self.factor * 24, self.sample_once, generator
+            q, k, own, keep, count, most, self.sample_once, self.generator()
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 from longspan.card import Card
 from longspan.engines import bucket
 from longspan.errors import LongspanError
-from longspan.nn import Attention
+from longspan.nn.spiking import SpikingAttention
 from longspan.registry import mechanism
 from longspan.shapes import Keep, Keys, Outputs, Queries, Values
 
@@ -47,7 +47,7 @@ State = InformerState | None
         skips={"costs_what_it_says": "u ln L queries attend, u ~ ln L: time is O(L ln² L)"},
     )
 )
-class InformerCausal(Attention):
+class InformerCausal(SpikingAttention):
     """Full attention for queries that are among the u_t foremost up to themselves.
 
     Query t is measured on U_t = u_t of the keys up to t, as in informer, and attends if fewer than
@@ -63,6 +63,8 @@ class InformerCausal(Attention):
         LongspanError: a causal=False, a factor below 0, keys before the queries.
     """
 
+    name = "informer-causal"
+
     def __init__(
         self,
         *,
@@ -73,13 +75,11 @@ class InformerCausal(Attention):
         mean: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__(causal=causal)
         if not causal:
             raise LongspanError("informer-causal is causal only: build informer instead.")
-        if factor < 0:
-            raise LongspanError(f"informer-causal got factor={factor}: expected 0 or more.")
-        self.factor, self.sample_once, self.seed = factor, shared, seed
-        self.exact, self.mean = exact, mean
+        super().__init__(
+            causal=causal, factor=factor, shared=shared, exact=exact, mean=mean, seed=seed
+        )
 
     def forward(
         self, q: Queries, k: Keys, v: Values, state: State = None, *, keep: Keep | None = None
@@ -104,12 +104,11 @@ class InformerCausal(Attention):
             empty = sums.new_zeros(*q.shape[:2], k.shape[2])
             total = sums.new_zeros(*q.shape[:2], v.shape[3])
             return v[:, :, :length], state or InformerState(k, v, seen, empty, total, awake)
-        logs = count.clamp(min=1).double().log().ceil().long().clamp(min=1)
-        budget = torch.minimum(self.factor * logs, count)  # u_t
+        budget = bucket.budget(count, self.factor)  # u_t
         new = self.measure(q, k, seen, count, budget)
         measures = new if measures is None else torch.cat([measures, new], 2)
         wish = bucket.leading(measures, seen, budget)
-        wish, awake = bucket.capped(wish, 2 * budget * logs, awake)
+        wish, awake = bucket.capped(wish, 2 * budget * bucket.ceil_log(count), awake)
         lazy = sums / count.clamp(min=1)[:, None, :, None] if self.mean else sums
         o = bucket.awoken(lazy.to(q.dtype), q, k, v, bucket.placed(wish), seen, causal=True)
         return o, InformerState(k, v, seen, measures, sums[:, :, -1], awake)
@@ -122,6 +121,6 @@ class InformerCausal(Attention):
         if self.exact:
             found = bucket.spikes(q, k, keep, first=count)
         else:
-            generator = None if self.training else torch.Generator().manual_seed(self.seed)
-            found = bucket.running_spikes(q, k, keep, count, budget, self.sample_once, generator)
+            draw = self.sample_once, self.generator()
+            found = bucket.running_spikes(q, k, keep, count, budget, *draw)
         return found.nan_to_num(neginf=0).masked_fill(~keep[:, None, -q.shape[2] :], 0)

@@ -2,21 +2,11 @@
 
 from collections.abc import Sequence
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
 from longspan.card import Card
 from longspan.engines import bucket
 from longspan.errors import LongspanError
-from longspan.nn import Attention
+from longspan.nn.hashed import HashedAttention
 from longspan.registry import mechanism
-from longspan.shapes import Keep, Keys, Outputs, Queries, Values
-
-# Self-attention only where nothing else is left (Sec. 2, "Causal masking").
-OWN = -1e5
-
-State = bucket.Hashed | None
 
 
 @mechanism(
@@ -43,7 +33,7 @@ State = bucket.Hashed | None
         },
     )
 )
-class ReformerLSH(Attention):
+class ReformerLSH(HashedAttention):
     """Attention within chunks of tokens sorted by hash, in the paper's chunked form (Sec. 2).
 
     Queries and keys are shared, k_j = q_j / ‖q_j‖, and nothing else scales the scores. With the
@@ -69,7 +59,7 @@ class ReformerLSH(Attention):
         LongspanError: sizes below 1, odd buckets, keys that are not the queries.
     """
 
-    shared = True
+    name = "reformer-lsh"
 
     def __init__(
         self,
@@ -85,43 +75,21 @@ class ReformerLSH(Attention):
         seed: int = 0,
         redraw: bool = False,
     ) -> None:
-        super().__init__(causal=causal)
         after = (0 if causal else 1) if after is None else after
         if chunk < 1 or rounds < 1 or before < 0 or after < 0:
             raise LongspanError(
                 f"reformer-lsh got chunk={chunk}, rounds={rounds}, before={before}, after={after}: "
                 "chunk and rounds must be at least 1, before and after at least 0."
             )
-        self.factors = bucket.factor(buckets)
-        self.chunk, self.rounds, self.before, self.after = chunk, rounds, before, after
-        self.same, self.unique, self.seed, self.redraw = same, unique, seed, redraw
-
-    def forward(
-        self, q: Queries, k: Keys, v: Values, state: State = None, *, keep: Keep | None = None
-    ) -> tuple[Outputs, State]:
-        bucket.check_shared("reformer-lsh", q, k)
-        table = bucket.grow(state, q, v, keep, self.directions(q), self.factors)
-        if state is not None and q.shape[2] == 1:
-            o = bucket.step(q, table, own=OWN, recent=self.chunk, unique=self.unique)
-            return o, table
-        layout = bucket.Sorted(
-            bucket.packed_order(table.buckets, table.keep, self.chunk),
-            table.buckets,
-            before=self.before * self.chunk,
-            after=self.after * self.chunk,
-            causal=self.causal,
-            same=self.same,
-            apart=True,
-            unique=self.unique,
-            keep=table.keep,
+        super().__init__(
+            causal=causal, buckets=buckets, rounds=rounds, unique=unique, seed=seed, redraw=redraw
         )
-        return bucket.attend(q, table, layout, own=OWN), table if self.causal else None
+        self.chunk, self.before, self.after, self.same = chunk, before, after, same
 
-    def directions(self, q: Queries) -> Float[Tensor, "H R D F"]:
-        """The hash directions for q's heads and width."""
-        generator = None
-        if not (self.redraw and self.training):
-            generator = torch.Generator().manual_seed(self.seed)
-        return bucket.rotations(
-            q.shape[1], self.rounds, q.shape[3], self.factors, generator=generator
-        )
+    def layout(self, table: bucket.Hashed) -> bucket.Sorted:
+        order = bucket.packed_order(table.buckets, table.keep, self.chunk)
+        before, after = self.before * self.chunk, self.after * self.chunk
+        return self.sorted(table, order, before=before, after=after, same=self.same)
+
+    def reach(self) -> dict[str, int]:
+        return {"recent": self.chunk}

@@ -3,19 +3,11 @@
 import math
 from collections.abc import Sequence
 
-import torch
-
 from longspan.card import Card
 from longspan.engines import bucket
 from longspan.errors import LongspanError
-from longspan.nn import Attention
+from longspan.nn.hashed import HashedAttention
 from longspan.registry import mechanism
-from longspan.shapes import Keep, Keys, Outputs, Queries, Values
-
-# As in the paper: self-attention only where nothing else is left.
-OWN = -1e5
-
-State = bucket.Hashed | None
 
 
 @mechanism(
@@ -35,7 +27,7 @@ State = bucket.Hashed | None
         tiny={"window": 8, "buckets": 4, "rounds": 2},
     )
 )
-class ReformerLSHCausal(Attention):
+class ReformerLSHCausal(HashedAttention):
     """Each query sees itself and the previous `window` tokens of its bucket, in every round.
 
     Hash, shared unit keys, self score −1e5 and the joining of rounds are those of reformer-lsh.
@@ -53,7 +45,7 @@ class ReformerLSHCausal(Attention):
         LongspanError: a causal=False, sizes below 1, odd buckets, keys that are not the queries.
     """
 
-    shared = True
+    name = "reformer-lsh-causal"
 
     def __init__(
         self,
@@ -65,40 +57,21 @@ class ReformerLSHCausal(Attention):
         unique: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__(causal=causal)
         if not causal:
             raise LongspanError("reformer-lsh-causal is causal only: build reformer-lsh instead.")
         if window < 1 or rounds < 1:
             raise LongspanError(
                 f"reformer-lsh-causal got window={window}, rounds={rounds}: expected 1 or more."
             )
-        self.factors = bucket.factor(buckets)
-        self.window, self.rounds, self.unique, self.seed = window, rounds, unique, seed
+        super().__init__(causal=causal, buckets=buckets, rounds=rounds, unique=unique, seed=seed)
+        self.window = window
         # Buckets start at multiples of a block: short ones waste less, long ones compute better.
         self.block = min(16, max(4, 1 << max(window.bit_length() - 2, 0)))
 
-    def forward(
-        self, q: Queries, k: Keys, v: Values, state: State = None, *, keep: Keep | None = None
-    ) -> tuple[Outputs, bucket.Hashed]:
-        bucket.check_shared("reformer-lsh-causal", q, k)
-        generator = torch.Generator().manual_seed(self.seed)
-        directions = bucket.rotations(
-            q.shape[1], self.rounds, q.shape[3], self.factors, generator=generator
-        )
-        table = bucket.grow(state, q, v, keep, directions, self.factors)
-        if state is not None and q.shape[2] == 1:
-            o = bucket.step(q, table, own=OWN, before=self.window, unique=self.unique)
-            return o, table
+    def layout(self, table: bucket.Hashed) -> bucket.Sorted:
         count = math.prod(self.factors) + 1  # and one for padding
-        layout = bucket.Sorted(
-            bucket.aligned_order(table.buckets, count, self.block),
-            table.buckets,
-            before=self.window,
-            sliding=True,
-            causal=True,
-            same=True,
-            apart=True,
-            unique=self.unique,
-            keep=table.keep,
-        )
-        return bucket.attend(q, table, layout, own=OWN), table
+        order = bucket.aligned_order(table.buckets, count, self.block)
+        return self.sorted(table, order, before=self.window, sliding=True)
+
+    def reach(self) -> dict[str, int]:
+        return {"before": self.window}

@@ -5,8 +5,7 @@ from torch import Tensor
 
 from longspan.card import Card
 from longspan.engines import bucket, dense
-from longspan.errors import LongspanError
-from longspan.nn import Attention, kmeans
+from longspan.nn import kmeans
 from longspan.registry import mechanism
 from longspan.shapes import Keep, Keys, Outputs, Queries, Values
 
@@ -41,7 +40,7 @@ State = kmeans.Routed | None
         },
     )
 )
-class RoutingTransformer(Attention):
+class RoutingTransformer(kmeans.RoutedAttention):
     """Attention within clusters of k-means, of equal size, beside local heads (Sec. 4.1).
 
     In a routed head q and k are layer-normalised without gain and bias, so that the nearest
@@ -68,38 +67,12 @@ class RoutingTransformer(Attention):
         LongspanError: sizes below 1, inputs of other heads or width, causal keys before queries.
     """
 
-    def __init__(
-        self,
-        *,
-        heads: int,
-        head_width: int,
-        causal: bool = False,
-        clusters: int = 64,
-        window: int | None = None,
-        local: int | None = None,
-        reach: int = 128,
-        decay: float = 0.999,
-        sums: bool = False,
-        commitment: float = 0.0,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(causal=causal)
-        self.local = kmeans.check_routing("routing-transformer", heads, local, window, reach)
-        self.window, self.reach, self.beta = window, reach, commitment
-        self.means = kmeans.Centroids(
-            heads - self.local, clusters, head_width, decay=decay, sums=sums, seed=seed
-        )
-        self.heads, self.width = heads, head_width
+    name = "routing-transformer"
 
     def forward(
         self, q: Queries, k: Keys, v: Values, state: State = None, *, keep: Keep | None = None
     ) -> tuple[Outputs, State]:
-        kmeans.check_fits("routing-transformer", self.heads, self.width, q)
-        if self.causal and q.shape[2] != k.shape[2]:
-            raise LongspanError(
-                f"routing-transformer routes its queries as keys and got {q.shape[2]} for "
-                f"{k.shape[2]} keys: carry earlier tokens in the state."
-            )
+        self.check(q, k)
         own = keep if q.shape[2] == k.shape[2] else None  # of the queries
         if keep is not None:
             k, v = (t.masked_fill(~keep[:, None, :, None], 0) for t in (k, v))
@@ -110,22 +83,16 @@ class RoutingTransformer(Attention):
         y = x if self.causal else kmeans.on_sphere(k[:, near:])
         sides = ([x], [own]) if self.causal else ([x, y], [own, keep])
         means = self.means(*sides)
-        if self.training and self.beta:
-            x = self._commit(x, means)
-            y = x if self.causal else self._commit(y, means)
+        x = self.committed(x, means)
+        y = x if self.causal else self.committed(y, means)
         length = q.shape[2]
         if not self.causal:
-            local = kmeans.near(
-                q[:, :near], k[:, :near], v[:, :near], keep, reach=self.reach, causal=False
-            )
-            return torch.cat([local, self._routed(x, y, v[:, near:], means, own, keep)], 1), None
+            routed = self._routed(x, y, v[:, near:], means, own, keep)
+            return torch.cat([self.nearby(q, k, v, keep), routed], 1), None
         seen = q.new_ones(q.shape[0], length, dtype=torch.bool) if keep is None else keep
         keys = torch.cat([k[:, :near], x.to(q.dtype)], 1)
         table = kmeans.Routed.grow(state, keys, v, seen, kmeans.nearest(x, means))
-        local = kmeans.near(
-            q[:, :near], table.k[:, :near], table.v[:, :near], table.keep,
-            reach=self.reach, causal=True,
-        )  # fmt: skip
+        local = self.nearby(q, table.k, table.v, table.keep)
         if state is not None and length == 1:
             met = (table.codes == table.codes[..., -1:]) & table.keep[:, None, None]
             routed = dense.explicit(x.to(q.dtype), table.k[:, near:], table.v[:, near:], seen=met)
@@ -159,6 +126,3 @@ class RoutingTransformer(Attention):
         if self.window is not None:
             return count.clamp(max=self.window)
         return -(-count // self.means.centroids.shape[1])
-
-    def _commit(self, x: Tensor, means: Tensor) -> Tensor:
-        return kmeans.commit(x, means, self.beta)

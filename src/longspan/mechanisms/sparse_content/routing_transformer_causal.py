@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from longspan.card import Card
 from longspan.engines import bucket, dense
 from longspan.errors import LongspanError
-from longspan.nn import Attention, kmeans
+from longspan.nn import kmeans
 from longspan.registry import mechanism
 from longspan.shapes import Keep, Keys, Outputs, Queries, Values
 
@@ -31,7 +31,7 @@ State = kmeans.Routed | None
         exact={"heads": 3, "head_width": 8, "local": 3, "reach": 1000000},
     )
 )
-class RoutingTransformerCausal(Attention):
+class RoutingTransformerCausal(kmeans.RoutedAttention):
     """Each query sees itself and the previous `window` tokens whose nearest centroid is its own.
 
     Centroids, their training, keys that are queries and local heads are those of
@@ -45,6 +45,8 @@ class RoutingTransformerCausal(Attention):
         LongspanError: a causal=False, sizes below 1, inputs of other heads or width, keys before
             the queries.
     """
+
+    name = "routing-transformer-causal"
 
     def __init__(
         self,
@@ -61,42 +63,37 @@ class RoutingTransformerCausal(Attention):
         commitment: float = 0.0,
         seed: int = 0,
     ) -> None:
-        super().__init__(causal=causal)
         if not causal:
-            raise LongspanError(
-                "routing-transformer-causal is causal only: build routing-transformer instead."
-            )
-        self.local = kmeans.check_routing("routing-transformer-causal", heads, local, window, reach)
-        self.window, self.reach, self.beta = window, reach, commitment
-        self.means = kmeans.Centroids(
-            heads - self.local, clusters, head_width, decay=decay, sums=sums, seed=seed
+            raise LongspanError(f"{self.name} is causal only: build routing-transformer instead.")
+        super().__init__(
+            heads=heads,
+            head_width=head_width,
+            causal=causal,
+            clusters=clusters,
+            window=window,
+            local=local,
+            reach=reach,
+            decay=decay,
+            sums=sums,
+            commitment=commitment,
+            seed=seed,
         )
-        self.heads, self.width = heads, head_width
+        self.window: int = window
         self.block = min(32, max(4, 1 << max(window.bit_length() - 2, 0)))
 
     def forward(
         self, q: Queries, k: Keys, v: Values, state: State = None, *, keep: Keep | None = None
     ) -> tuple[Outputs, kmeans.Routed]:
-        kmeans.check_fits("routing-transformer-causal", self.heads, self.width, q)
+        self.check(q, k)
         length, near = q.shape[2], self.local
-        if length != k.shape[2]:
-            raise LongspanError(
-                f"routing-transformer-causal routes its queries as keys and got {length} for "
-                f"{k.shape[2]} keys: carry earlier tokens in the state."
-            )
         seen = q.new_ones(q.shape[0], length, dtype=torch.bool) if keep is None else keep
         q, k = (t.masked_fill(~seen[:, None, :, None], 0) for t in (q, k))
         x = kmeans.on_sphere(q[:, near:])
         means = self.means([x], [seen])
         codes = kmeans.nearest(x, means)
-        if self.training and self.beta:
-            x = kmeans.commit(x, means, self.beta)
-        routes = x.to(q.dtype)
+        routes = self.committed(x, means).to(q.dtype)
         table = kmeans.Routed.grow(state, torch.cat([k[:, :near], routes], 1), v, seen, codes)
-        local = kmeans.near(
-            q[:, :near], table.k[:, :near], table.v[:, :near], table.keep,
-            reach=self.reach, causal=True,
-        )  # fmt: skip
+        local = self.nearby(q, table.k, table.v, table.keep)
         hashed = bucket.Hashed(
             table.k[:, near:],
             table.v[:, near:],

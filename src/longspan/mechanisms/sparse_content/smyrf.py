@@ -88,23 +88,9 @@ class Smyrf(Attention):
         self, q: Queries, k: Keys, *, keep: Keep | None = None
     ) -> list[tuple[bucket.Index, bucket.Index]]:
         """Whom each cluster of each round holds: queries B H C a and keys B H C b, L or S: none."""
-        own = keep if q.shape[2] == k.shape[2] else None
-        x, y = bucket.asymmetric(q, k, own, keep, self.transform)
         generator = None
         if not (self.redraw and self.training):
             generator = torch.Generator().manual_seed(self.seed)
-        directions = torch.randn(q.shape[1], x.shape[3], self.rounds, generator=generator)
-        directions = directions.to(x.device, x.dtype)
-        counts = (
-            x.new_full(x.shape[:1], q.shape[2], dtype=torch.long) if own is None else own.sum(1)
-        )
-        cells = -(-counts // self.cluster)
-        with torch.autocast(x.device.type, enabled=False):
-            of_q, of_k = (t @ directions for t in (x, y))  # the offset b moves both lists alike
-        return [
-            (
-                bucket.balanced(of_q[..., r], cells, own),
-                bucket.balanced(of_k[..., r], cells, keep),
-            )
-            for r in range(self.rounds)
-        ]
+        # The hash's offset b moves both lists alike.
+        sizes = {"size": self.cluster, "rounds": self.rounds}
+        return bucket.clusters(q, k, keep, generator, **sizes, transform=self.transform)

@@ -92,12 +92,8 @@ class Yoso(Attention):
             o = bucket.expected(x, y, v.to(wide), bits=self.bits, exact=self.exact_gradient)
         else:
             generator = None if self.training else torch.Generator().manual_seed(self.seed)
-            signs = (2,) * self.bits  # of one direction each
-            turns = bucket.rotations(
-                q.shape[1], self.rounds, q.shape[3], signs, generator=generator
-            )
-            of_q, of_k = (bucket.hash_angles(t, turns, signs) for t in (x, y))
-            o = bucket.sampled(x, y, v.to(wide), of_q, of_k, self.bits)
+            sizes = {"bits": self.bits, "rounds": self.rounds}
+            o = bucket.sampled_by(x, y, v.to(wide), **sizes, generator=generator)
         o = F.normalize(o, dim=-1).to(dtype)
         if self.conv is None:
             return o, None

@@ -1,29 +1,17 @@
 """Axial Attention (Ho et al., 2019)."""
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
 from torch import Tensor
 
 from longspan.card import Card
-from longspan.engines import grid
+from longspan.engines import given, grid
 from longspan.errors import LongspanError
 from longspan.nn import Attention
 from longspan.registry import mechanism
 from longspan.shapes import Keep, Keys, Outputs, Queries, Values
 
-
-class Folded(NamedTuple):
-    """Every key and value so far, and which of them may be seen."""
-
-    k: Float[Tensor, "B H S D"]
-    v: Float[Tensor, "B H S V"]
-    keep: Bool[Tensor, "B S"]
-
-
-State = Folded | None
+State = given.Past | None
 
 
 @mechanism(
@@ -71,17 +59,9 @@ class AxialAttention(Attention):
     def forward(
         self, q: Queries, k: Keys, v: Values, state: State = None, *, keep: Keep | None = None
     ) -> tuple[Outputs, State]:
-        carried = None
-        if self.causal:
-            seen = k.new_ones(k.shape[0], k.shape[2], dtype=torch.bool) if keep is None else keep
-            carried = Folded(k, v, seen)
-            if state is not None:
-                carried = Folded(
-                    torch.cat([state.k, k], 2),
-                    torch.cat([state.v, v], 2),
-                    torch.cat([state.keep, seen], 1),
-                )
-                k, v, keep = carried
+        carried = given.extended(state, k, v, keep) if self.causal else None
+        if carried is not None and state is not None:
+            k, v, keep = carried
         if q.shape[2] > k.shape[2] or (not self.causal and q.shape[2] != k.shape[2]):
             raise LongspanError(
                 f"axial-attention got {q.shape[2]} queries for {k.shape[2]} keys: it folds one "

@@ -22,5 +22,6 @@ for _name in (
     "length",
     "position",
     "retrieval",
+    "residual",
 ):
     import_module(f"{__name__}.{_name}")

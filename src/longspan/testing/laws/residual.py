@@ -52,7 +52,8 @@ def stream_and_branch_both_count(card: Card) -> None:
     for name, grad in zip(
         names, torch.autograd.grad(out.square().sum(), wanted, allow_unused=True), strict=True
     ):
-        assert grad is not None and grad.any(), f"{name} has no gradient"
+        assert grad is not None, f"{name} has no gradient"
+        assert grad.any(), f"{name} has a gradient of zeros"
         assert grad.isfinite().all(), f"{name} has a gradient that is not finite"
 
 
@@ -83,4 +84,3 @@ def undone_as_it_was_done(card: Card) -> None:
         back = residual.undo(some, *residual.through(some, x, y))
         for got, want in zip(back, (x, y), strict=True):
             near(got, want, f"{count} branches")
-
