@@ -154,7 +154,8 @@ def test_the_byte_model_is_transformers_masked_lm() -> None:
     text = theirs.perceiver.input_preprocessor
     ours.embed.weight.data.copy_(text.embeddings.weight)
     ours.places.learned.data.copy_(text.position_embeddings.weight)  # pyright: ignore
-    asked = theirs.perceiver.decoder.output_position_encodings
+    asked: Any = theirs.perceiver.decoder
+    asked = asked.output_position_encodings
     ours.queries.learned.data.copy_(asked.position_embeddings)  # pyright: ignore
     ours.bias.data.copy_(theirs.embedding_decoder.bias)
     ids, mask = torch.arange(22).view(2, 11) % 20, torch.ones(2, 11)
@@ -168,15 +169,9 @@ def test_the_byte_model_is_transformers_masked_lm() -> None:
 
 
 def bytes_model(**arguments: Any) -> PerceiverForMaskedLM:
-    given: dict[str, Any] = {
-        "length": 24,
-        "embedding_width": 16,
-        "latents": 5,
-        "width": 16,
-        "layers": 2,
-    }
-    config = PerceiverBytesConfig(**given | {"heads": 8, "inner": 16} | arguments)
-    return PerceiverForMaskedLM(config).eval()
+    given: dict[str, Any] = {"length": 24, "embedding_width": 16, "latents": 5, "width": 16}
+    given |= {"layers": 2, "heads": 8, "inner": 16}
+    return PerceiverForMaskedLM(PerceiverBytesConfig(**given | arguments)).eval()
 
 
 def test_the_byte_tokenizer_is_transformers() -> None:

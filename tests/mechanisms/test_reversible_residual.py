@@ -436,3 +436,36 @@ def test_a_branch_with_a_loss_of_its_own_is_refused() -> None:
 
     with pytest.raises(LongspanError, match="balance"):
         build("reversible-residual")([Reports().double()], inputs())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("autocast", [False, True])
+def test_dropout_and_autocast_are_replayed_on_cuda(autocast: bool) -> None:
+    parts, x = branches(dropout=0.3).float().cuda(), inputs(dtype=torch.float32).cuda()
+    x, residual = x.detach().requires_grad_(), build("reversible-residual")
+
+    def under(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
+                return call()
+
+        return run
+
+    want = under(lambda: mean(written_out(parts, x, x)))
+    within = 5e-2 if autocast else 1e-4
+    compare(under(lambda: residual(parts, x)), want, [x, *parts.parameters()], within=within)
+
+
+@pytest.mark.gpu
+def test_activations_do_not_grow_with_depth_on_cuda() -> None:
+    def most(depth: int) -> int:
+        parts = branches(depth, dropout=0.1).cuda().requires_grad_(False)
+        x = inputs(2, 64, WIDTH).detach().cuda().requires_grad_()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        torch.autograd.grad(build("reversible-residual")(parts, x).sum(), x)
+        return torch.cuda.max_memory_allocated() - start
+
+    most(2)
+    assert most(12) == most(2)

@@ -469,6 +469,27 @@ def alone(
     return torch.stack(outs) if outs else q.new_zeros(*q.shape[:3], v.shape[3])
 
 
+def together(
+    name: str,
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    q: Float[Tensor, "B H L D"],
+    k: Float[Tensor, "B H S D"],
+    v: Float[Tensor, "B H S V"],
+    keep: Keep | None,
+) -> Float[Tensor, "B H L V"]:
+    """`attend` over one whole sequence, or over its kept tokens `alone`.
+
+    Raises:
+        LongspanError: other than as many keys as queries.
+    """
+    if q.shape[2] != k.shape[2]:
+        raise LongspanError(
+            f"{name} got {q.shape[2]} queries for {k.shape[2]} keys: it attends within one "
+            "sequence and has no cross form."
+        )
+    return attend(q, k, v) if keep is None else alone(attend, q, k, v, keep)
+
+
 def stream(
     attend: Callable[[Tensor, Tensor, Tensor], Tensor],
     q: Float[Tensor, "B H L D"],
@@ -501,6 +522,11 @@ def stream(
     seen = seen if whole else seen & (seen.cumsum(1) > gone[:, None])
     start = int(gone.min()) if whole else int((~seen).all(0).cumprod(0).sum())
     return o, History(k[:, :, start:], v[:, :, start:], seen[:, start:])
+
+
+def pair(size: int | Sequence[int], across: int) -> tuple[int, int]:
+    """(rows, columns) as given, or of one number, the rows, with `across` columns."""
+    return (size, across) if isinstance(size, int) else (size[0], size[1])
 
 
 @dataclass(frozen=True)

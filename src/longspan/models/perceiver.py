@@ -87,8 +87,8 @@ class PerceiverConfig(_Arrays):
     model_type = "longspan-perceiver"
     __no_type_check__ = True
 
-    crosses: list[int] = (0, 1, 1, 1, 1, 1, 1, 1)
-    blocks: list[int] = (0, 0, 0, 0, 0, 0, 0, 0)
+    crosses: list[int] | tuple[int, ...] = (0, 1, 1, 1, 1, 1, 1, 1)
+    blocks: list[int] | tuple[int, ...] = (0, 0, 0, 0, 0, 0, 0, 0)
 
 
 class PerceiverForClassification(hub.Pretrained):
@@ -117,6 +117,7 @@ class PerceiverForClassification(hub.Pretrained):
             heads=config.heads,
             widening=config.widening,
         )
+        assert config.num_labels is not None
         self.score = nn.Linear(config.width, config.num_labels)
         self.post_init()
 
@@ -165,7 +166,7 @@ class PerceiverIOConfig(_Arrays):
 
     queries: Literal["learned", "positions", "inputs", "given"] = "learned"
     query_width: int = 1024
-    output_shape: list[int] = (1,)
+    output_shape: list[int] | tuple[int, ...] = (1,)
     output_width: int = 1000
     blocks: int = 8
     write_heads: int = 1

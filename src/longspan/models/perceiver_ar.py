@@ -10,7 +10,7 @@ from transformers.generation.utils import GenerationMixin
 
 from longspan import hub, registry
 from longspan.errors import LongspanError
-from longspan.models.losses import CausalLMOutput, cross_entropy, shifted
+from longspan.models.losses import IGNORED, CausalLMOutput, cross_entropy, shifted
 from longspan.models.stack import padding
 from longspan.shapes import Tokens
 
@@ -107,18 +107,20 @@ class PerceiverARForCausalLM(hub.Pretrained, GenerationMixin):
         last kept token, whichever side is padded.
 
         Args:
-            labels: B L, as the inputs: the model shifts them; −100 is ignored.
+            labels: B L, as the inputs: the model shifts them; −100 and padding are ignored.
             latents: n, at most m; after a state, how many a new stride begins with.
 
         Raises:
             LongspanError: a number of latents that the model does not have.
         """
         keep = padding(attention_mask, input_ids.shape[1])
-        labels = None if labels is None else shifted(labels)
         if keep is not None:
-            order = keep.long().argsort(1, stable=True)
+            order = keep.long().argsort(dim=1, stable=True)
             input_ids, keep = input_ids.gather(1, order), keep.gather(1, order)
             labels = None if labels is None else labels.gather(1, order)
+        labels = None if labels is None else shifted(labels)
+        if labels is not None and keep is not None:
+            labels = labels.masked_fill(~keep, IGNORED)
         cache = hub.cache_of(past_key_values, len(input_ids))
         x = self.embed_tokens(input_ids)
         seen = cache.seen

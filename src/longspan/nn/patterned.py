@@ -1,9 +1,32 @@
 """Attention under a fixed pattern: what a paper's sparsity needs beside its value."""
 
+from typing import Literal
+
 from longspan.engines import pattern
 from longspan.errors import LongspanError
 from longspan.nn.protocols import Attention
 from longspan.shapes import Keep, Keys, Outputs, Queries, Values
+
+
+def factorised(
+    near: list[pattern.Pattern],
+    far: list[pattern.Pattern],
+    both: list[pattern.Pattern],
+    *,
+    use: Literal["merged", "heads", "interleaved"],
+    layer: int,
+    heads: int,
+) -> pattern.PerHead:
+    """What a layer's heads see of two sets: `both`, by parity of the head, or of the `layer`.
+
+    Head h takes the pattern h mod their number of a list; by parity, of the first `heads` heads
+    the even ones see the first of `near`, the odd ones those of `far`.
+    """
+    if use == "merged":
+        return pattern.per_head(both)
+    if use == "interleaved":
+        return pattern.per_head(far if layer % 2 else near)
+    return pattern.per_head([far[h % len(far)] if h % 2 else near[0] for h in range(heads)])
 
 
 class PatternAttention(Attention):

@@ -14,6 +14,8 @@ from longspan.nn.positions import Spacing, at_least_float32, frequencies
 from longspan.registry import build, mechanism
 from longspan.shapes import Inputs, Keep
 
+Made = Float[Tensor, "B N E"]
+
 
 class PartlyRotary(Position):
     """Turns the first `channels` of every head, in halves; the others stay as they are."""
@@ -22,7 +24,8 @@ class PartlyRotary(Position):
 
     def __init__(self, *, channels: int, base: float, spacing: Spacing) -> None:
         super().__init__()
-        self.channels, self.base, self.spacing = channels, base, spacing
+        self.channels, self.base = channels, base
+        self.spacing: Spacing = spacing
 
     def rotate(
         self, x: Float[Tensor, "B H L D"], pos: Int[Tensor, "L"] | Int[Tensor, "#B L"]
@@ -31,7 +34,8 @@ class PartlyRotary(Position):
         theta = frequencies(
             self.channels, base=self.base, spacing=self.spacing, dtype=dtype, device=x.device
         )
-        angles = (pos[..., None] * theta).view(-1, 1, x.shape[2], len(theta))
+        angles = pos[..., None] * theta
+        angles = angles if angles.dim() == 2 else angles[:, None]  # (L | B 1 L) planes
         a, b = x[..., : self.channels].to(dtype).chunk(2, -1)
         cos, sin = angles.cos(), angles.sin()
         turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
@@ -79,7 +83,7 @@ class Crossing(nn.Module):
 
     def forward(
         self, x: Inputs, count: int, state: MultiHeadState | None, keep: Keep | None
-    ) -> tuple[Inputs, MultiHeadState]:
+    ) -> tuple[Made, MultiHeadState]:
         """`count` latents of the new tokens x."""
         first = x.shape[1] - count
         seen = x.new_zeros(len(x), dtype=torch.long) if state is None else state.seen
@@ -217,7 +221,7 @@ class PerceiverAR(nn.Module):
         *,
         keep: Keep | None = None,
         latents: int | None = None,
-    ) -> tuple[Float[Tensor, "B N E"], ARState]:
+    ) -> tuple[Made, ARState]:
         """The last latents' outputs, at most as many as there are new inputs, and the state.
 
         Args:
@@ -257,11 +261,11 @@ class PerceiverAR(nn.Module):
         cross: MultiHeadState | None,
         states: tuple[Any, ...],
         keep: Keep | None,
-    ) -> tuple[Inputs, MultiHeadState, tuple[Any, ...]]:
-        z, cross = self.cross(x, count, cross, keep)
+    ) -> tuple[Made, MultiHeadState, tuple[Any, ...]]:
+        z, after = self.cross(x, count, cross, keep)
         keep = None if keep is None else keep[:, x.shape[1] - count :]
         carried = []
         for layer, state in zip(self.layers, states, strict=True):
             z, state = layer(z, state, keep=keep)
             carried.append(state)
-        return z, cross, tuple(carried)
+        return z, after, tuple(carried)

@@ -71,33 +71,21 @@ class ImageTransformer(Attention):
                 f"image-transformer got block={block}, memory={memory}, columns={columns}: give "
                 "two numbers for 1D, or two pairs (rows, columns) and columns for 2D."
             )
-        self.block: tuple[int, int] = (block, 1) if isinstance(block, int) else (block[0], block[1])
-        self.memory: tuple[int, int] = (
-            (memory, 0) if isinstance(memory, int) else (memory[0], memory[1])
-        )
+        self.block, self.memory = grid.pair(block, 1), grid.pair(memory, 0)
         # In 1D the sequence is an image of one column: blocks of rows, with rows above.
-        self.raster = grid.BlockedRaster(columns or 1, self.block)
+        self.columns, self.raster = columns, grid.BlockedRaster(columns or 1, self.block)
         if min(self.memory) < 0:
             raise LongspanError(f"a memory of {memory} is less than none: give 0 or more.")
-        self.columns = columns
 
     def forward(
         self, q: Queries, k: Keys, v: Values, state: State = None, *, keep: Keep | None = None
     ) -> tuple[Outputs, State]:
         if self.causal:
             period = self.raster.band
-            reach = period - 1 + -(-self.memory[0] // self.block[0]) * period
-            if self.columns is None:
-                reach = self.block[0] - 1 + self.memory[0]
+            above = -(-self.memory[0] // self.block[0]) * period if self.columns else self.memory[0]
+            reach = period - 1 + above
             return grid.stream(self._attend, q, k, v, state, keep=keep, reach=reach, period=period)
-        if q.shape[2] != k.shape[2]:
-            raise LongspanError(
-                f"image-transformer got {q.shape[2]} queries for {k.shape[2]} keys: it attends "
-                "within one image and has no cross form."
-            )
-        if keep is None:
-            return self._attend(q, k, v), None
-        return grid.alone(self._attend, q, k, v, keep), None
+        return grid.together("image-transformer", self._attend, q, k, v, keep), None
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         length, keys = q.shape[2], k.shape[2]
@@ -105,8 +93,7 @@ class ImageTransformer(Attention):
             return torch.zeros_like(v[:, :, :length])
         raster, (high, wide) = self.raster, self.memory
         if self.columns is None:  # no larger than what there is
-            raster = grid.BlockedRaster(1, (min(self.block[0], keys), 1))
-            high = min(high, keys)
+            raster, high = grid.BlockedRaster(1, (min(self.block[0], keys), 1)), min(high, keys)
         members = partial(raster.members, flange=(high, wide), keys=keys, below=not self.causal)
         first, last = (raster.blocks(step) for step in (keys - length, keys - 1))
         return dense.union(q, [(Groups(members, first, last + 1, causal=self.causal), k, v)])[0]

@@ -3,10 +3,10 @@
 from typing import Literal
 
 from longspan.card import Card
-from longspan.engines.pattern import ALL, Pattern, PerHead, Stripes, Window, per_head
+from longspan.engines.pattern import ALL, Pattern, Stripes, Window
 from longspan.engines.pattern import causal as earlier
 from longspan.errors import LongspanError
-from longspan.nn.patterned import PatternAttention
+from longspan.nn.patterned import PatternAttention, factorised
 from longspan.registry import mechanism
 
 
@@ -92,16 +92,6 @@ class SparseTransformer(PatternAttention):
             far = [a + b for a, b in zip(own, others, strict=True)] if causal else columns
         self.form, self.stride, self.summary, self.stripes = form, stride, summary, stripes
         self.use, self.layer, self.window = use, layer, reach
-        super().__init__(
-            self._used(near, far, both),
-            causal=causal,
-            block=(min(stride, 128), summary if form == "fixed" else 64),
-        )
-
-    def _used(self, near: list[Pattern], far: list[Pattern], both: list[Pattern]) -> PerHead:
-        if self.use == "merged":
-            return per_head(both)
-        if self.use == "interleaved":
-            return per_head(far if self.layer % 2 else near)
-        pairs = range(2 * self.stripes)
-        return per_head([far[h % len(far)] if h % 2 else near[0] for h in pairs])
+        sees = factorised(near, far, both, use=use, layer=layer, heads=2 * stripes)
+        block = min(stride, 128), summary if form == "fixed" else 64
+        super().__init__(sees, causal=causal, block=block)
