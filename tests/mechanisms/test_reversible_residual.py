@@ -253,6 +253,7 @@ def test_changed_weights_are_refused() -> None:
         out.backward()
 
 
+@pytest.mark.slow
 def test_works_with_ddp() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:

@@ -1,5 +1,6 @@
 """FlashAttention and its block-sparse form (Dao et al., 2022)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -76,7 +77,7 @@ def butterfly(near: int = 1) -> Pattern:
         modes={"bidirectional", "causal", "cross", "step"},
         time="L*S*D + L*S*V",
         memory="S*D + S*V",
-        tiny={"backend": "tiled", "tile": (64, 64)},
+        tiny={"backend": "tiled", "tile": [64, 64]},
         exact={},
     )
 )
@@ -108,7 +109,7 @@ class FlashAttention(TiledAttention):
         *,
         causal: bool = False,
         backend: Literal["auto", "fused", "tiled"] = "auto",
-        tile: tuple[int, int] | None = None,
+        tile: Sequence[int] | None = None,
         blocks: str | Pattern | PerHead | Tensor | None = None,
         block: int = 128,
         dropout: float = 0.0,
