@@ -116,13 +116,26 @@ _FORMULAS = {
 }
 
 
+class _Nowhere:
+    """Stands for FlopCounterMode's tracker of modules: all counts are of the whole call."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
 def flops(call: Callable[[], object]) -> int:
     """Floating-point operations of one call: matrix products, convolutions, attention and FFTs.
 
     A product of an m×k by a k×n matrix counts 2mkn, causal attention half of full, a real FFT of
     n points 2.5 n log2 n. Elementwise work is not counted.
     """
-    with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+    # Its own follows modules by hooks on the graph, which crashed the process on removal.
+    counter.mod_tracker = _Nowhere()  # pyright: ignore[reportAttributeAccessIssue]
+    with counter:
         call()
     return counter.get_total_flops()
 
