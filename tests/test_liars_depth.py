@@ -1,14 +1,11 @@
 """Each law of depth catches the driver that breaks it: liars are built on purpose."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from longspan import registry
-from longspan.card import Card
 from longspan.nn.depth import Depth, Went, onward
 from longspan.testing import LAWS, check
 
@@ -93,27 +90,14 @@ LIARS: dict[str, list[type[Depth]]] = {
 }
 
 
-@pytest.fixture
-def declare(monkeypatch: pytest.MonkeyPatch) -> Callable[[type], Card]:
-    def put(builder: type) -> Card:
-        card = Card(
-            id=f"liar-{builder.__name__.lower()}",
-            name=builder.__name__,
-            kind="depth",
-            family="adaptive-depth",
-            paper="None",
-            cite="None",
-            link="https://example.org",
-            what="A liar.",
-            modes={"bidirectional", "causal", "step"},
-            time="L*E*E",
-            memory="L*E",
-            exact={"halts": False},
-        )
-        monkeypatch.setitem(registry._registered, card.id, (card, builder))
-        return card
-
-    return put
+CARD = {
+    "kind": "depth",
+    "family": "adaptive-depth",
+    "modes": {"bidirectional", "causal", "step"},
+    "time": "L*E*E",
+    "memory": "L*E",
+    "exact": {"halts": False},
+}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Each law of length catches the mechanism that breaks it: liars are built on purpose."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -8,8 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspan import registry
-from longspan.card import Card
 from longspan.nn.lengths import Length
 from longspan.testing import LAWS, check
 
@@ -114,27 +111,14 @@ LIARS: dict[str, list[type[Length]]] = {
 }
 
 
-@pytest.fixture
-def declare(monkeypatch: pytest.MonkeyPatch) -> Callable[[type], Card]:
-    def put(builder: type) -> Card:
-        card = Card(
-            id=f"liar-{builder.__name__.lower()}",
-            name=builder.__name__,
-            kind="length",
-            family="hierarchical",
-            paper="None",
-            cite="None",
-            link="https://example.org",
-            what="A liar.",
-            modes={"bidirectional", "causal", "step"},
-            time="L*E",
-            memory="L*E",
-            exact={"factor": 1},
-        )
-        monkeypatch.setitem(registry._registered, card.id, (card, builder))
-        return card
-
-    return put
+CARD = {
+    "kind": "length",
+    "family": "hierarchical",
+    "modes": {"bidirectional", "causal", "step"},
+    "time": "L*E",
+    "memory": "L*E",
+    "exact": {"factor": 1},
+}
 
 
 @pytest.mark.parametrize(

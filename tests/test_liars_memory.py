@@ -6,8 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from longspan import registry
-from longspan.card import Card
 from longspan.engines import segment
 from longspan.nn import Mixer
 from longspan.testing import check
@@ -64,27 +62,14 @@ LIARS = {
 }
 
 
-@pytest.fixture
-def declare(monkeypatch: pytest.MonkeyPatch) -> Any:
-    def put(builder: type) -> Card:
-        card = Card(
-            id=f"liar-{builder.__name__.lower()}",
-            name=builder.__name__,
-            kind="memory",
-            family="recurrent-memory",
-            paper="None",
-            cite="None",
-            link="https://example.org",
-            what="A liar.",
-            modes={"causal", "step"},
-            time="L*E",
-            memory="M*E",
-            exact={"memory": 0},
-        )
-        monkeypatch.setitem(registry._registered, card.id, (card, builder))
-        return card
-
-    return put
+CARD = {
+    "kind": "memory",
+    "family": "recurrent-memory",
+    "modes": {"causal", "step"},
+    "time": "L*E",
+    "memory": "M*E",
+    "exact": {"memory": 0},
+}
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from longspan import registry
-from longspan.card import Card
 from longspan.nn import Position
 from longspan.testing import check
 
@@ -82,27 +80,14 @@ LIARS = {
 }
 
 
-@pytest.fixture
-def declare(monkeypatch: pytest.MonkeyPatch) -> Any:
-    def put(builder: type) -> Card:
-        card = Card(
-            id=f"liar-{builder.__name__.lower()}",
-            name=builder.__name__,
-            kind="position",
-            family="position",
-            paper="None",
-            cite="None",
-            link="https://example.org",
-            what="A liar.",
-            modes={"bidirectional", "causal", "step"},
-            time="L*S",
-            memory="L*S",
-            exact={"slope": 0.0},
-        )
-        monkeypatch.setitem(registry._registered, card.id, (card, builder))
-        return card
-
-    return put
+CARD = {
+    "kind": "position",
+    "family": "position",
+    "modes": {"bidirectional", "causal", "step"},
+    "time": "L*S",
+    "memory": "L*S",
+    "exact": {"slope": 0.0},
+}
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,11 @@
 """Each law of residuals catches the mechanism that breaks it: liars are built on purpose."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from longspan import registry
-from longspan.card import Card
 from longspan.nn.residual import Residual, Reversible
 from longspan.testing import LAWS, check
 
@@ -82,27 +79,14 @@ LIARS: dict[str, list[type[Residual]]] = {
 }
 
 
-@pytest.fixture
-def declare(monkeypatch: pytest.MonkeyPatch) -> Callable[[type], Card]:
-    def put(builder: type) -> Card:
-        card = Card(
-            id=f"liar-{builder.__name__.lower()}",
-            name=builder.__name__,
-            kind="residual",
-            family="training",
-            paper="None",
-            cite="None",
-            link="https://example.org",
-            what="A liar.",
-            modes={"bidirectional", "causal"},
-            time="L*E",
-            memory="L*E",
-            exact={"neutral": True},
-        )
-        monkeypatch.setitem(registry._registered, card.id, (card, builder))
-        return card
-
-    return put
+CARD = {
+    "kind": "residual",
+    "family": "training",
+    "modes": {"bidirectional", "causal"},
+    "time": "L*E",
+    "memory": "L*E",
+    "exact": {"neutral": True},
+}
 
 
 @pytest.mark.parametrize(

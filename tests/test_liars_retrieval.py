@@ -1,13 +1,10 @@
 """Each law of retrieval catches the reader that breaks it: liars are built on purpose."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from longspan import registry
-from longspan.card import Card
 from longspan.nn.retrieval import Found, Reader, by_value, interpolate
 from longspan.testing import LAWS, check
 
@@ -92,27 +89,14 @@ LIARS: dict[str, list[type[Reader]]] = {
 }
 
 
-@pytest.fixture
-def declare(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    def put(builder: type) -> Card:
-        card = Card(
-            id=f"liar-{builder.__name__.lower()}",
-            name=builder.__name__,
-            kind="retrieval",
-            family="retrieval",
-            paper="None",
-            cite="None",
-            link="https://example.org",
-            what="A liar.",
-            modes={"causal", "step"},
-            time="L*S*D",
-            memory="S*D",
-            exact={"share": 0.0},
-        )
-        monkeypatch.setitem(registry._registered, card.id, (card, builder))
-        return card
-
-    return put
+CARD = {
+    "kind": "retrieval",
+    "family": "retrieval",
+    "modes": {"causal", "step"},
+    "time": "L*S*D",
+    "memory": "S*D",
+    "exact": {"share": 0.0},
+}
 
 
 @pytest.mark.parametrize(
