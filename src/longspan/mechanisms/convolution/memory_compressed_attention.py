@@ -91,6 +91,8 @@ class MemoryCompressedAttention(Attention):
     def forward(
         self, q: Queries, k: Keys, v: Values, state: State = None, *, keep: Keep | None = None
     ) -> tuple[Outputs, State]:
+        if not q.numel():
+            return q.new_zeros(*q.shape[:3], v.shape[3]), state
         if (k.shape[1], k.shape[3], v.shape[3]) != (self.heads, *(self._width(),) * 2):
             raise LongspanError(
                 f"memory-compressed-attention was built for {self.heads} heads of width "

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import jaxtyping
 import torch
+from torch._functorch import config as functorch
 from torch.utils.checkpoint import checkpoint
 
 from longspan.card import Card
@@ -147,7 +148,8 @@ def _quiet_dynamo() -> Iterator[None]:
     logger.setLevel(logging.ERROR)  # dynamo warns of every graph break
     jaxtyping.config.update("jaxtyping_disable", True)  # and cannot trace shape checks
     try:
-        with warnings.catch_warnings():
+        # Gradients are taken twice of one graph, whose buffers must then not be given away.
+        with warnings.catch_warnings(), functorch.patch(donated_buffer=False):
             warnings.simplefilter("ignore")
             yield
     finally:
