@@ -352,6 +352,18 @@ def test_rows_read_the_same_windows_in_the_same_order(settings: Settings) -> Non
     assert found[0]["steps"] == 2
 
 
+def test_a_mechanism_built_for_the_length_is_timed_without_a_step_beyond_it() -> None:
+    from longspan.bench import measure
+    from longspan.bench.decoder import decoder
+
+    settings = Settings(length=16, width=16, heads=2, layers=1, budget="1s")
+    spec = Spec("aft", {})
+    speed, state, _ = measure._speed(decoder(spec, settings), spec, settings, lambda *_: None)
+    assert [row["length"] for row in speed["prefill"]] == [16]
+    assert [row["length"] for row in state] == [16]
+    assert speed["step"] == []
+
+
 def test_a_memory_is_read_in_segments_as_whole() -> None:
     """The logits of each segment are those that its state and its tokens give."""
     from longspan.bench.decoder import InSegments, decoder
