@@ -24,7 +24,7 @@ METHODS = (
     "cosformer(length=4096)",
     "rfa(gate=True)",
     "fast-weight-delta-dpfp",
-    "aft",
+    "aft(form='simple')",
     "rwkv",
     "s4",
     "lightweight-dynamic-conv",
