@@ -8,7 +8,7 @@ from torch import Tensor
 
 from longspan.engines import segment
 from longspan.nn import Mixer
-from longspan.testing import check
+from longspan.testing import LAWS, check
 
 
 class Honest(Mixer):
@@ -83,3 +83,7 @@ def test_law_catches_its_liar(law: str, liar: type, declare: Any) -> None:
 def test_the_honest_one_passes(law: str, declare: Any) -> None:
     verdict = check(law, declare(Honest))
     assert verdict.result == "pass", verdict.reason
+
+
+def test_every_law_of_memory_alone_has_a_liar() -> None:
+    assert set(LIARS) == {name for name, entry in LAWS.items() if entry.kinds == {"memory"}}

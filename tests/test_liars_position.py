@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from longspan.nn import Position
-from longspan.testing import check
+from longspan.testing import LAWS, check
 
 
 class Honest(Position):
@@ -101,3 +101,7 @@ def test_law_catches_its_liar(law: str, liar: type, declare: Any) -> None:
 def test_the_honest_one_passes(law: str, declare: Any) -> None:
     verdict = check(law, declare(Honest))
     assert verdict.result == "pass", verdict.reason
+
+
+def test_every_law_of_position_alone_has_a_liar() -> None:
+    assert set(LIARS) == {name for name, entry in LAWS.items() if entry.kinds == {"position"}}

@@ -302,9 +302,16 @@ def tokens(*shape: int, seed: int = 1) -> Tensor:
 def model(**changes: Any) -> Any:
     torch.manual_seed(0)
     options: Any = {"vocab_size": 32, "width": E, "heads": 3, "most": 40, "tolerance": 1e-4}
+    options["allow_leaks"] = True
     built = EquilibriumForCausalLM(EquilibriumConfig(**(options | changes))).eval()
     built.get_input_embeddings().weight.data.mul_(30)
     return built
+
+
+def test_a_language_model_whose_solver_sees_the_future_is_refused() -> None:
+    with pytest.raises(LongspanError, match=r"can see the future.*allow_leaks"):
+        model(allow_leaks=False)
+    model(allow_leaks=False, solver="plain", tolerance=0.0)
 
 
 @pytest.mark.slow

@@ -13,8 +13,7 @@ from transformers import TrainingArguments
 from longspan import LongspanError
 from longspan.models import LongspanConfig, LongspanForCausalLM
 from longspan.models.evaluation import carried, non_overlapping, token_by_token
-from longspan.nn import detach
-from longspan.nn.infused import Infused
+from longspan.nn import MultiHead, detach
 from longspan.nn.positions import sinusoid
 from longspan.registry import build
 from longspan.training import SegmentTrainer
@@ -125,7 +124,9 @@ def test_caches_of_any_length_stream(memory: int) -> None:
 def test_any_attention_takes_infused_positions(id: str, given: dict) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        module = Infused(build(id, causal=True, **given), width=E, heads=3).double()
+        position = build("sinusoidal-position", into="queries-and-keys")
+        attention = build(id, causal=True, **given)
+        module = MultiHead(attention, width=E, heads=3, position=position).double()
     x, mask = normal(2, 9, E), torch.ones(2, 12, dtype=torch.bool)
     whole, _ = module(x)
     first, state = module(x[:, :4])

@@ -5,6 +5,7 @@ from typing import Any, Literal
 from torch import nn
 
 from longspan import hub
+from longspan.errors import LongspanError
 from longspan.mechanisms.adaptive_depth.deq import Equilibrium, deq
 from longspan.models.config import LongspanConfig, Spec
 from longspan.models.heads import LongspanForCausalLM
@@ -84,13 +85,25 @@ class EquilibriumModel(LongspanModel):
 class EquilibriumForCausalLM(LongspanForCausalLM):
     """The DEQ-Transformer as a language model.
 
-    >>> model = EquilibriumForCausalLM(EquilibriumConfig(width=700, heads=10))
+    When the solver stops depends on all tokens of a row, so later ones move earlier outputs within
+    the tolerance. Plain iteration to tolerance 0 stops at `most` whatever comes.
+
+    Raises:
+        LongspanError: a solver that can see the future, while the config does not allow leaks.
+
+    >>> model = EquilibriumForCausalLM(EquilibriumConfig(width=700, heads=10, allow_leaks=True))
     >>> model.model.equilibrium.unrolled = 2  # warm-up; None afterwards
     """
 
     config: EquilibriumConfig
 
     def __init__(self, config: EquilibriumConfig) -> None:
+        if not config.allow_leaks and (config.solver != "plain" or config.tolerance):
+            raise LongspanError(
+                f"solver='{config.solver}' to tolerance {config.tolerance} can see the future "
+                "(later tokens decide when it stops), which spoils a language model's figures: use "
+                "solver='plain' with tolerance=0, or set allow_leaks=True in the config."
+            )
         super().__init__(config)
         self.model = EquilibriumModel(self.config)
         self.post_init()
