@@ -6,6 +6,8 @@ those with a learned bias, `attending` the choice between them, and what a causa
 
 # Bytes of one temporary: larger arrays go back to the kernel at every free and page-fault anew.
 WORKSPACE = 16 * 2**20
+# Bytes of gathered or overlapping keys taken at a time: with their gradients they stay in cache.
+CACHED = 4 * 2**20
 
 from longspan.engines.pattern.attending import History, attend, layouts, stream  # noqa: E402
 from longspan.engines.pattern.banded import Banded, Blocks  # noqa: E402
@@ -40,6 +42,7 @@ from longspan.engines.pattern.windows import ByPlace, Windows  # noqa: E402
 
 __all__ = [
     "ALL",
+    "CACHED",
     "WORKSPACE",
     "Banded",
     "Biased",

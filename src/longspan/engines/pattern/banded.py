@@ -49,7 +49,7 @@ class Blocks:
     def _ranges(self, q: Tensor, width: int) -> Iterator[tuple[int, int]]:
         count = q.shape[1] // self.size
         each = q.shape[0] * self.span * max(width, self.rows) * q.element_size()
-        each = max(1, pattern.WORKSPACE // each)
+        each = max(1, pattern.CACHED // each)
         for first in range(0, count, each):
             yield first, min(first + each, count)
 
@@ -241,7 +241,7 @@ class Banded(Layout):
 def block_size(window: Window) -> int:
     """Queries a block: short against the reach, or the corners outside the band cost too much."""
     reach = max(window.before, window.after, 2)
-    return min(128, max(16, 1 << ((reach - 1).bit_length() - 1)))
+    return min(64, max(16, 1 << ((reach - 1).bit_length() - 1)))
 
 
 def padded(t: Tensor, low: int, size: int) -> Tensor:

@@ -10,21 +10,66 @@ from torch import Tensor
 from longspan.engines import pattern
 from longspan.engines.dense import Layout, additive, tile_backward, tile_forward
 from longspan.engines.pattern.banded import cut
-from longspan.engines.pattern.values import Pattern, listing
+from longspan.engines.pattern.values import Listing, Pattern, listing
 
 
 class _Group(NamedTuple):
     """Query blocks with about as many key blocks each.
 
-    blocks: n. table: n m, their key blocks. hidden: n m, entries that only fill up, or None.
-    partial: n m, blocks of which only some pairs are seen, or None. wide: all keys are seen.
+    blocks: n. table: n m, their key blocks. wide: all keys are seen.
+    seen: rows m·cols, what each of these blocks sees, where they see alike, or None.
+    hidden: n m, entries that only fill up, or None. partial: n m, blocks of which only some pairs
+    are seen, or None; both None where `seen` says it.
     """
 
     blocks: Tensor
     table: Tensor
-    hidden: Tensor | None
-    partial: Tensor | None
-    wide: bool
+    wide: bool = False
+    seen: Tensor | None = None
+    hidden: Tensor | None = None
+    partial: Tensor | None = None
+
+
+class _Tiles(NamedTuple):
+    """What a pattern sees of the blocks it lists.
+
+    kinds: of each listed block, 0 where all is seen, else 1 + its place in `seen` (n rows cols).
+    """
+
+    kinds: Tensor
+    seen: Tensor
+
+
+def _tiles(shape: Pattern, found: Listing, keys: int, rows: int, cols: int) -> _Tiles | None:
+    """The few kinds of partly seen blocks that a regular pattern has; None where they are many."""
+    kinds, some = torch.zeros_like(found.rows), (~found.full).nonzero()[:, 0]
+    if not len(some):
+        return _Tiles(kinds, torch.zeros(0, rows, cols, dtype=torch.bool))
+    # Equal sums of random 64-bit weights: equal blocks, but for one chance in 2⁶⁴ a pair.
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randint(-(2**62), 2**62, (rows * cols,), generator=generator)
+    codes = torch.zeros(len(some), dtype=torch.int64)
+
+    def seen(at: Tensor) -> Tensor:
+        i = (found.rows[at] * rows)[:, None] + torch.arange(rows)
+        j = (found.cols[at] * cols)[:, None] + torch.arange(cols)
+        pairs = shape.sees(i[:, :, None].clamp(max=keys - 1), j[:, None], keys)
+        return pairs & (j < keys)[:, None]
+
+    for part in torch.arange(len(some)).split(256):
+        tiles = seen(some[part]).expand(len(part), rows, cols).flatten(1)
+        codes[part] = (tiles * weights).sum(1)
+        if len(codes[: part[-1] + 1].unique()) > KINDS:
+            return None
+    different, kind = codes.unique(return_inverse=True)
+    kinds[some] = kind + 1
+    last = torch.zeros_like(different).scatter_(0, kind, torch.arange(len(some)))
+    return _Tiles(kinds, seen(some[last]).expand(-1, rows, cols).clone())
+
+
+# Most kinds of partly seen blocks, and of query blocks by what they see; where these are more, only
+# those that make up such a share of all are grouped.
+KINDS = 16
 
 
 @lru_cache(maxsize=64)
@@ -47,8 +92,12 @@ def _groups(shape: Pattern, queries: int, keys: int, rows: int, cols: int) -> tu
     wide = all_keys & (seen == counts) & (counts > 1)
     groups = []
     if wide.any():
-        groups.append(_Group(blocks[wide], blocks.new_zeros(0, 0), None, None, True))
+        groups.append(_Group(blocks[wide], blocks.new_zeros(0, 0), wide=True))
     order = (~wide).nonzero()[:, 0]
+    tiles = _tiles(shape, found, keys, rows, cols)
+    if tiles is not None and len(order):
+        alike, order = _alike(tiles, found, (blocks, starts, counts), order)
+        groups += alike
     order = order[counts[order].argsort(descending=True, stable=True)]
     while len(order):
         most = int(counts[order[0]])
@@ -63,12 +112,42 @@ def _groups(shape: Pattern, queries: int, keys: int, rows: int, cols: int) -> tu
             _Group(
                 blocks[some],
                 found.cols[at].masked_fill(hidden, 0),
-                hidden if hidden.any() else None,
-                partial if partial.any() else None,
-                False,
+                hidden=hidden if hidden.any() else None,
+                partial=partial if partial.any() else None,
             )
         )
     return tuple(groups)
+
+
+def _alike(
+    tiles: _Tiles, found: Listing, listed: tuple[Tensor, Tensor, Tensor], order: Tensor
+) -> tuple[list[_Group], Tensor]:
+    """Groups of query blocks that see alike, and the query blocks that are left over.
+
+    listed: query blocks, and where the key blocks of each start, and how many they are. One mask
+    serves a whole group, in which key blocks partly seen come first.
+    """
+    blocks, starts, counts = listed
+    entry = torch.arange(int(counts[order].max()))
+    hidden = entry >= counts[order][:, None]
+    at = (starts[order][:, None] + entry).masked_fill(hidden, 0)
+    kinds = tiles.kinds[at].masked_fill(hidden, -1)
+    kinds, by_kind = kinds.sort(dim=1, descending=True, stable=True)
+    at = at.gather(1, by_kind)
+    rows, which, many = kinds.unique(dim=0, return_inverse=True, return_counts=True)
+    groups, left = [], torch.ones_like(order, dtype=torch.bool)
+    worth = many * KINDS >= (len(order) if len(many) > KINDS else 0)
+    for kind in worth.nonzero()[:, 0].tolist():
+        mine = (which == kind).nonzero()[:, 0]
+        most = int((rows[kind] >= 0).sum())
+        partly = rows[kind][:most]
+        seen = None
+        if int(partly[0]) > 0:
+            full = torch.ones(1, *tiles.seen.shape[1:], dtype=torch.bool)
+            seen = torch.cat([full, tiles.seen])[partly].transpose(0, 1).flatten(1)
+        groups.append(_Group(blocks[order[mine]], found.cols[at[mine, :most]], seen=seen))
+        left[mine] = False
+    return groups, order[left]
 
 
 # (rows of X, query blocks, key blocks n m or None for all, mask) → what is added to the scores.
@@ -111,8 +190,8 @@ class Listed(Layout):
                 continue
             most = group.table.shape[1] * self.cols
             masked = 0 if group.partial is None else 2 * self.rows * q.element_size()
-            together = max(1, min(count, pattern.WORKSPACE // max(most * width, 1)))
-            each = max(1, pattern.WORKSPACE // max(most * max(together * width, masked), 1))
+            together = max(1, min(count, pattern.CACHED // max(most * width, 1)))
+            each = max(1, pattern.CACHED // max(most * max(together * width, masked), 1))
             for start in range(0, len(group.blocks), each):
                 part = slice(start, start + each)
                 mask = self._mask(group, part, q, keys)
@@ -125,7 +204,9 @@ class Listed(Layout):
                     )
 
     def _mask(self, group: _Group, part: slice, q: Tensor, keys: int) -> Tensor | None:
-        """(1, n, rows | 1, m · cols), added to the scores."""
+        """(1, n | 1, rows | 1, m · cols), added to the scores."""
+        if group.seen is not None:
+            return additive(group.seen, q.dtype)[None, None].to(q.device)
         table = group.table[part]
         hidden = group.hidden
         partial = None if group.partial is None else group.partial[part]
