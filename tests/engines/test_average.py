@@ -47,17 +47,23 @@ def test_a_row_of_zeros_has_seen_nothing() -> None:
     assert not nothing.any()
 
 
-@pytest.mark.parametrize("length", [1, 33, 100])
-def test_slots_score_and_read_every_prefix(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lowrank, "SPAN", 64)
+@pytest.mark.parametrize("steep", [1, 50])
+@pytest.mark.parametrize("length", [1, 33, 100, 200])
+def test_slots_score_and_read_every_prefix(
+    length: int, steep: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With exponents that rise by more than a block may hold, and without."""
+    monkeypatch.setattr(lowrank, "SPAN", 64 if steep > 1 else 128)
+    if steep == 1:
+        monkeypatch.delattr(lowrank, "_Halved")
     q, k, v = (normal(2, 3, length, 4, seed=s).requires_grad_() for s in range(3))
     write, r = (normal(2, 3, length, 5, seed=s).requires_grad_() for s in (3, 4))
-    phi = prefixes(write * 50)
+    phi = prefixes(write * steep)
     want = [
         torch.einsum("bhtsm,bhsd,bhtd->bhtm", phi, k, q),
         torch.einsum("bhtsm,bhsd,bhtm->bhtd", phi, v, r),
     ]
-    got = [lowrank.scores(q, write * 50, k)[0], lowrank.read(r, write * 50, v)[0]]
+    got = [lowrank.scores(q, write * steep, k)[0], lowrank.read(r, write * steep, v)[0]]
     assert_close(got, want)
     for mine, theirs, inputs in zip(got, want, ((q, write, k), (r, write, v)), strict=True):
         toward = normal(*mine.shape, seed=5)

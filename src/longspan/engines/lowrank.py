@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from longspan.shapes import Keep, Keys, Outputs, Queries, Values
 
-# Tokens a block, tokens worked on at once, and what stands for no exponent so far.
-BLOCK, SPAN, LOWEST = 32, 512, -1e30
+# Tokens a block, tokens worked on at once, what stands for no exponent so far, and by how much the
+# exponents of a block may exceed those before it until it is halved.
+BLOCK, SPAN, LOWEST, RISE = 32, 512, -1e30, 60.0
 # Tokens whose kernel with all landmarks is held at once.
 TILE = 2048
 
@@ -201,7 +202,52 @@ class Slots(NamedTuple):
     peak: Float[Tensor, "B H M"]
 
 
-class _Span:
+class _Level:
+    """What the tokens of one span see of its slots, until an exponent rises by more than RISE.
+
+    Blocks of C tokens side by side. In a block all weights are exp(w_s − peak) with peak the
+    largest exponent before it or of its first token: finite, no later token in it, and at least
+    one that every token sees is 1. Where a block's own exponents are larger than that can hold,
+    they are cut off; from there on, `steep` (B H L), another way must be taken.
+    """
+
+    def __init__(self, write: Tensor, u: Tensor, state: Slots) -> None:
+        self.length, size = write.shape[2], min(2 * BLOCK, write.shape[2])
+        cut, self.u = windows(write, size, -math.inf), windows(u, size)
+        start = torch.where(state.weight > 0, state.peak, LOWEST)[:, :, None]
+        ends = torch.cat([start, cut.detach().amax(3)], 2).cummax(2).values
+        peak = torch.maximum(ends, F.pad(cut.detach()[:, :, :, 0], (0, 0, 0, 1), value=-math.inf))
+        rise = cut - peak[:, :, :-1, None]
+        steep = (rise.detach() > RISE).any(-1).flatten(2)[:, :, : self.length]
+        self.steep = steep.cummax(2).values
+        self.weights = rise.clamp(max=RISE).exp()  # B H N C M
+        fade, begin = (
+            (peak[:, :, :-1] - peak[:, :, 1:]).exp(),
+            (start - peak[:, :, :1]).exp()[:, :, 0],
+        )
+        inside = self.weights.new_ones(size, size).tril_() @ self.weights
+        weight = _states(fade * inside[:, :, :, -1], fade, state.weight * begin)
+        self.total = inside + weight[:, :, :-1, None]  # 0 or, but for rounding, at least 1
+        new, fade = fade[..., None] * (self.weights.mT @ self.u), fade[..., None]
+        sums = _states(new, fade, state.sums * begin[..., None])
+        self.before = sums[:, :, :-1]
+        self.after = Slots(sums[:, :, -1], weight[:, :, -1], peak[:, :, -1])
+
+    def scores(self, q: Tensor) -> Tensor:
+        """q_t · ū_t[m], and −inf where nothing was written: B H L M."""
+        q = windows(q, self.u.shape[3])
+        o = (q @ self.u.mT).tril() @ self.weights + q @ self.before.mT
+        o = (o / self.total.clamp(min=0.5)).masked_fill(self.total == 0, -math.inf)
+        return o.flatten(2, 3)[:, :, : self.length]
+
+    def read(self, r: Tensor) -> Tensor:
+        """Σ_m r_t[m] ū_t[m]: B H L V."""
+        r = windows(r, self.u.shape[3]) / self.total.clamp(min=0.5)
+        o = (r @ self.weights.mT).tril() @ self.u + r @ self.before
+        return o.flatten(2, 3)[:, :, : self.length]
+
+
+class _Halved:
     """What the tokens of one span see of its slots: earlier blocks by the state, its own by halves.
 
     Blocks of C tokens side by side. A weight exp(w_s − peak_t), s ≤ t, with peak_t the largest
@@ -293,7 +339,7 @@ def read(
     The last query meets the last key. An exponent of −inf writes nothing, and what nothing was
     written to reads 0. At least float32 inside and in the state.
     """
-    o, after = _eager(_Span.read, r, write, v, state)
+    o, after = _eager(lambda span, r: span.read(r), r, write, v, state)
     return o.to(v.dtype), after
 
 
@@ -307,11 +353,15 @@ def scores(
 
     In at least float32: a softmax over the slots, given to `read`, makes an attention of them.
     """
-    return _eager(_Span.scores, q, write, k, state)
+    return _eager(lambda span, q: span.scores(q), q, write, k, state)
 
 
 def _by_span(
-    body: Callable[[_Span, Tensor], Tensor], q: Tensor, write: Tensor, u: Tensor, state: Any
+    body: Callable[[_Level | _Halved, Tensor], Tensor],
+    q: Tensor,
+    write: Tensor,
+    u: Tensor,
+    state: Any,
 ) -> tuple[Tensor, Slots]:
     wide = torch.promote_types(q.dtype, torch.float32)
     earlier = write.shape[2] - q.shape[2]
@@ -322,8 +372,18 @@ def _by_span(
 
     def work(state: Slots, q: Tensor, write: Tensor, u: Tensor) -> tuple[Tensor, Slots]:
         with torch.autocast(q.device.type, enabled=False):
-            span = _Span(write.to(wide), u.to(wide), state)
-            return body(span, q.to(wide)), span.after
+            q, write, u = q.to(wide), write.to(wide), u.to(wide)
+            level = _Level(write, u, state)
+            if not bool(level.steep.any()):
+                return body(level, q), level.after
+            halved = _Halved(write, u, state)
+            o = torch.where(level.steep[..., None], body(halved, q), body(level, q))
+            last = level.steep[:, :, -1:]
+            sums, *others = (
+                torch.where(last[..., *(None,) * (new.dim() - 3)], new, old)
+                for new, old in zip(halved.after, level.after, strict=True)
+            )
+            return o, Slots(sums, *others)
 
     outs: list[Tensor] = []
     for parts in zip(*(t.split(SPAN, 2) for t in (q, write, u)), strict=True):
