@@ -200,12 +200,6 @@ def test_a_mechanism_without_steps_generates_from_the_whole_prefix():
         model(x, use_cache=True)
 
 
-def test_assisted_decoding_is_refused():
-    model, x = build(LongspanForCausalLM), tokens(1, 5)
-    with pytest.raises(ValueError, match="assisted generation is not supported"):
-        model.generate(x, assistant_model=copy.deepcopy(model), max_new_tokens=4)
-
-
 HEADED = [
     (LongspanForCausalLM, AutoModelForCausalLM),
     (LongspanForMaskedLM, AutoModelForMaskedLM),

@@ -8,6 +8,8 @@ from longspan.errors import LongspanError
 from longspan.registry import build, cards, find, mechanism, show
 
 if TYPE_CHECKING:
+    from longspan import convert
+    from longspan.hub.attention import attention
     from longspan.models import (
         LongspanConfig,
         LongspanForCausalLM,
@@ -20,6 +22,7 @@ __version__ = "0.1.0"
 
 # Models need torch and transformers; they are imported on first use (PEP 562).
 _LAZY = {
+    "attention": "longspan.hub.attention",
     "LongspanConfig": "longspan.models",
     "LongspanForCausalLM": "longspan.models",
     "LongspanForMaskedLM": "longspan.models",
@@ -35,8 +38,10 @@ __all__ = [
     "LongspanForMaskedLM",
     "LongspanForSeq2SeqLM",
     "LongspanForSequenceClassification",
+    "attention",
     "build",
     "cards",
+    "convert",
     "find",
     "mechanism",
     "show",
@@ -44,6 +49,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "convert":
+        return import_module("longspan.convert")
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'longspan' has no attribute '{name}'")

@@ -1,4 +1,4 @@
-"""list · show · check · compare · bench · train · generate.
+"""list · show · check · compare · bench · train · generate · evaluate · convert.
 
 Exit codes: 0 done, 1 failed (a law, every row), 2 bad usage. torch is imported by the commands
 that need it, when they run.
@@ -606,6 +606,97 @@ def generate(
         **(sampling or {"do_sample": False}),
     )
     typer.echo(bytes(made[0].tolist()).decode(errors="replace"))
+
+
+@app.command(
+    epilog=_examples(
+        "longspan evaluate runs/lm --tasks needle-single,frequent-words --lengths 1024,2048",
+        "longspan evaluate runs/lm --tasks needle --lengths 4096 --max-length 4096 --json",
+    )
+)
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="A model, as `train` or transformers saves it.")],
+    tasks: Annotated[
+        str, typer.Option(help="RULER's, separated by commas; needle for all that begin so; all.")
+    ] = "all",
+    lengths: Annotated[str, typer.Option(help="Tokens, separated by commas.")] = "1024",
+    samples: Annotated[int, typer.Option(min=1, help="Of each task at each length.")] = 50,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 1,
+    max_length: Annotated[
+        int | None, typer.Option(help="Go beyond the length that the model states, up to this.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = DEFAULT.device,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Score a language model on RULER's generated tasks: how much of the answers it gives."""
+    sizes = _lengths(lengths)
+    import logging
+
+    from longspan.bench import lm_eval
+
+    # It warns of what was meant: a model given as an instance, tasks of our own.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    scores = lm_eval.scores(
+        lm_eval.evaluate(
+            *lm_eval.load(folder, device=device),
+            tasks=[task.strip() for task in tasks.split(",")],
+            lengths=sizes,
+            samples=samples,
+            batch=batch,
+            max_length=max_length,
+            seed=seed,
+        )
+    )
+    if as_json:
+        _print_json(scores)
+        return
+    headers = [f"{size:,}" for size in sizes]
+    table = _table("% of the answers", *headers, right=tuple(headers))
+    for task, given in scores.items():
+        table.add_row(Text(task), *(f"{100 * given[size]:.1f}" for size in sizes))
+    _print(table)
+
+
+@app.command(
+    epilog=_examples(
+        "longspan convert smollm2 --to 'longformer(window=256, hubs=0)' --out runs/local",
+        "longspan convert smollm2 --to performer --layers 0,1,-1 --out runs/mixed --json",
+    )
+)
+def convert(
+    folder: Annotated[Path, typer.Argument(help="A language model, as transformers saves it.")],
+    to: Annotated[str, typer.Option(help="An id, with (name=value, …) if need be.")],
+    out: Annotated[Path, typer.Option(help="Folder of the converted model.")],
+    layers: Annotated[str, typer.Option(help="all, or numbers separated by commas.")] = "all",
+    data: Annotated[str, typer.Option(help="Text for the health: a name, or a path.")] = "stdlib",
+    lengths: Annotated[str, typer.Option(help="Of the health, separated by commas.")] = "128,512",
+    health: Annotated[bool, typer.Option(help="Measure what the swap did.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Put another mechanism into a pretrained model, keeping its weights; measure what that did."""
+    from longspan.convert import command
+
+    done = command.convert(
+        folder,
+        to,
+        out,
+        layers="all" if layers == "all" else _whole("--layers", layers),
+        data=data,
+        lengths=_lengths(lengths) if health else (),
+    )
+    if done is not None:
+        _print_json(done.as_dict()) if as_json else _print(done)
+    typer.echo(f"Model: {out} (longspan.convert.load)", err=as_json)
+
+
+def _whole(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise LongspanError(
+            f"{option} is '{text}'; expected whole numbers separated by commas, as in 0,1,-1."
+        ) from None
 
 
 def main() -> None:

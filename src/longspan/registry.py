@@ -7,6 +7,7 @@ is imported when something is built.
 import ast
 import importlib
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -110,6 +111,34 @@ def find(
         and (mode is None or mode in card.modes)
         and (kind is None or card.kind == kind)
     ]
+
+
+def parse(text: str) -> tuple[str, dict[str, Any]]:
+    """(id, arguments) of `id` or `id(name=literal, …)`.
+
+    Raises:
+        LongspanError: no such mechanism, or arguments that are no literals.
+
+    >>> parse("longformer(window=256)")
+    ('longformer', {'window': 256})
+    """
+    found = re.fullmatch(r"([^\s()]+)(?:\((.*)\))?", text.strip())
+    if found is None:
+        raise LongspanError(
+            f"'{text}' names no mechanism: write an id, or an id with arguments, as in "
+            "longformer(window=256)."
+        )
+    try:
+        call = ast.parse(f"f({found[2] or ''})", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
+            raise ValueError(text)
+        arguments = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError):
+        raise LongspanError(
+            f"the arguments of '{text}' cannot be read: write name=literal, separated by "
+            "commas, as in longformer(window=256)."
+        ) from None
+    return show(found[1]).id, arguments
 
 
 def builder(id: str) -> Callable[..., Any]:

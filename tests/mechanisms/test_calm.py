@@ -149,6 +149,15 @@ def test_classifier_learns_agreement_with_the_last_block() -> None:
     assert all(torch.equal(p, frozen[n]) for n, p in of.named_parameters() if n in frozen)
 
 
+def test_classifier_s_loss_reaches_no_weight_of_the_model() -> None:
+    of, ids = model(measure="classifier"), tokens(2, 7)
+    loss = of.driver.rule.loss(of.grade(ids))
+    named = [(n, p) for n, p in of.named_parameters() if p.requires_grad]
+    found = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
+    reached = {n for (n, _), g in zip(named, found, strict=True) if g is not None}
+    assert reached == {"driver.rule.score.weight", "driver.rule.score.bias"}
+
+
 @torch.no_grad()
 def test_oracle_leaves_at_the_first_agreement() -> None:
     of, ids = model(), tokens()

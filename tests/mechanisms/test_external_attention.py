@@ -109,7 +109,7 @@ def test_refusals() -> None:
         with pytest.raises(LongspanError):
             external(**wrong)
     x = normal(2, 9, 12)
-    with pytest.raises(LongspanError, match="memories"):
+    with pytest.raises(LongspanError, match="one sequence"):
         external()(x, context=x)
     with pytest.raises(LongspanError, match="divisor"):
         EAMLP(classes=2, image=10, patch=4)

@@ -85,10 +85,12 @@ def test_steps_equal_the_whole(shorten: str, lengthen: str, padded: bool) -> Non
         assert_close(got * mask[..., None], whole * mask[..., None])
 
 
-def test_padding_changes_nothing() -> None:
+@pytest.mark.parametrize("columns", [None, 4])
+def test_padding_changes_nothing(columns: int | None) -> None:
     for causal in (True, False):
         torch.manual_seed(0)
-        built = HourglassModel(config(hierarchy=NESTED, causal=causal)).double().eval()
+        fields = {"hierarchy": NESTED, "columns": columns, "causal": causal}
+        built = HourglassModel(config(**fields)).double().eval()
         tokens = ids(2, 11)
         alone = built(tokens).last_hidden_state
         for left, right in ((0, 4), (5, 0), (3, 3)):
@@ -194,6 +196,104 @@ def written(block: Any, x: Tensor, at: Tensor, source: Tensor, of_keys: Tensor) 
     return x + block.feed_forward(block.feed_forward_norm(x))
 
 
+GRID = {"columns": 5, "hierarchy": "1@1 1@2x3 1@4x3 0@2x3 1@1"}
+
+
+@pytest.mark.parametrize(("shorten", "lengthen"), WAYS)
+def test_images_see_no_later_token_of_the_raster(shorten: str, lengthen: str) -> None:
+    """Rows and columns that the groups do not divide, at two nested levels, bit for bit."""
+    built = model(shorten=shorten, lengthen=lengthen, **GRID)
+    for length in (1, 4, 5, 6, 11, 23, 26):
+        tokens = ids(1, length).expand(length, -1)
+        changed = torch.where(torch.eye(length).bool(), tokens % 10 + 1, tokens)
+        moved = (built(changed).logits != built(tokens).logits).any(-1)
+        assert torch.equal(moved, torch.ones(length, length).triu().bool()), f"{length} tokens"
+
+
+@pytest.mark.parametrize(("shorten", "lengthen"), WAYS)
+def test_images_in_steps_equal_the_whole(shorten: str, lengthen: str) -> None:
+    """Rows of the batch at different places of their images; pieces that cross rows."""
+    built = model(shorten=shorten, lengthen=lengthen, **GRID)
+    tokens, mask = ids(3, 27), torch.ones(3, 27, dtype=torch.long)
+    mask[0, :5], mask[1, 22:], mask[2, [3, 4, 9]] = 0, 0, 0
+    whole = built(tokens, mask).logits
+    assert_close(built(tokens[:1, 5:]).logits, whole[:1, 5:])
+    for sizes in ([1] * 27, [7, 1, 12, 7], [2, 25]):
+        cache, outs = StateCache(), []
+        for piece, kept in zip(tokens.split(sizes, 1), mask.split(sizes, 1), strict=True):
+            outs.append(built(piece, kept, past_key_values=cache).logits)
+        assert_close(torch.cat(outs, 1) * mask[..., None], whole * mask[..., None])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("linear", [True, False])
+def test_images_by_a_loop_over_their_cells(causal: bool, linear: bool) -> None:
+    """Group (I, J) has the rows 2I − 1, 2I and the columns 3J − 2 … 3J, unshifted where
+    bidirectional; what was made of it goes to the rows 2I, 2I + 1 and the columns 3J … 3J + 2."""
+    torch.manual_seed(0)
+    ways = ("linear", "linear") if linear else ("average", "repeat")
+    length = longspan.build(
+        "hourglass", width=8, factor=(2, 3), columns=7, causal=causal, shorten=ways[0],
+        lengthen=ways[1],
+    ).double()  # fmt: skip
+    x = random(2, 33, 8).requires_grad_()
+    image = torch.cat([x, torch.zeros(2, 2, 8)], 1).view(2, 5, 7, 8)
+    groups = []
+    for i in range(3):
+        for j in range(3):
+            held = []
+            for r in range(2 * i - causal, 2 * i - causal + 2):
+                for c in range(3 * j - 2 * causal, 3 * j - 2 * causal + 3):
+                    there = 0 <= r < 5 and 0 <= c < 7
+                    held.append(image[:, r, c] if there else torch.zeros_like(image[:, 0, 0]))
+            held = torch.stack(held, 1)
+            groups.append(length.pool(held.flatten(1)) if linear else held.mean(1))
+    want = torch.stack(groups, 1)
+    if causal:  # (2, 2) ends at row 4, column 6, which is not there
+        want = want[:, :8]
+    y, has, plan = length.shorten(x)
+    assert has is None
+    assert_close(y, want)
+    parts = []
+    for r, c in (divmod(n, 7) for n in range(33)):
+        part = want[:, r // 2 * 3 + c // 3]
+        parts.append(length.unpool(part).view(2, 2, 3, 8)[:, r % 2, c % 3] if linear else part)
+    u, _ = length.lengthen(y, x, plan)
+    assert_close(u, torch.stack(parts, 1))
+    weights, inputs = random(2, 33, 8, seed=3), [x, *length.parameters()]
+    by_hand = torch.autograd.grad(
+        (torch.stack(parts, 1) * weights).sum(), inputs, retain_graph=True
+    )
+    assert_close(torch.autograd.grad((u * weights).sum(), inputs), by_hand)
+
+
+def test_attention_between_grids_by_the_written_out_matrix() -> None:
+    """Keys are all tokens, or groups, that end no later in the raster; distances are its own."""
+    torch.manual_seed(0)
+    length = longspan.build("hourglass", width=8, heads=2, factor=2, columns=4, causal=True)
+    length, x = length.double(), random(2, 12, 8)
+    image = torch.nn.functional.pad(x.view(2, 3, 4, 8), (0, 0, 1, 0, 1, 0))
+    pooled = torch.stack(
+        [image[:, i : i + 2, j : j + 2].flatten(1, 2).mean(1) for i in (0, 2) for j in (0, 2)], 1
+    )
+    tokens, groups = torch.arange(12), torch.tensor([0, 2, 8, 10])
+    y, _, plan = length.shorten(x)
+    assert_close(y, written(length.down, pooled, groups, x, tokens))
+    made = length.unpool(y).view(2, 2, 2, 2, 2, 8)
+    made = made.permute(0, 1, 3, 2, 4, 5).reshape(2, 16, 8)[:, :12]
+    assert_close(length.lengthen(y, x, plan)[0], written(length.up, x + made, tokens, y, groups))
+
+
+def test_one_row_is_one_dimension() -> None:
+    """A grid wider than the sequence, whose rows are not shortened."""
+    both = [
+        model(hierarchy="1@1 1@1x3 1@1", columns=40, shorten="linear", lengthen="linear"),
+        model(hierarchy="1@1 1@3 1@1", shorten="linear", lengthen="linear"),
+    ]
+    both[0].load_state_dict(both[1].state_dict())
+    assert_close(*(built(ids(2, 14)).logits for built in both))
+
+
 def test_full_length_layers_of_another_mechanism() -> None:
     built = model(full=[{"id": "longformer", "window": 4}], position="rope")
     whole: Any = built.model.layers[0]
@@ -270,14 +370,35 @@ def test_places_of_rows_in_their_groups() -> None:
 
 
 @pytest.mark.parametrize(
-    "hierarchy", ["", "2@1 8@3", "2@1 8@3 2@2", "1@2", "1@1 1@3 1@4 1@3 1@1", "a@1", "1"]
+    "hierarchy",
+    [
+        "",
+        "2@1 8@3",
+        "1@1 1@2x2 1@1",
+        "1@0 1@2 1@0",
+        "2@1 8@3 2@2",
+        "1@2",
+        "1@1 1@3 1@4 1@3 1@1",
+        "a@1",
+        "1",
+    ],
 )
 def test_refuses_a_hierarchy_that_does_not_nest(hierarchy: str) -> None:
     with pytest.raises(LongspanError, match="hierarchy is"):
         config(hierarchy=hierarchy)
 
 
+@pytest.mark.parametrize(
+    "hierarchy", ["1@1 1@2x2x2 1@1", "1@1 1@2x0 1@1", "1@1 1@2x3 1@4x4 1@2x3 1@1", "1@1 1@1x1 1@1"]
+)
+def test_refuses_a_hierarchy_of_images_that_does_not_nest(hierarchy: str) -> None:
+    with pytest.raises(LongspanError, match="or with columns"):
+        config(hierarchy=hierarchy, columns=6)
+
+
 def test_refuses() -> None:
+    with pytest.raises(LongspanError, match="with columns one number or two"):
+        longspan.build("hourglass", width=8, factor=(2, 3))
     with pytest.raises(LongspanError, match="at least 1"):
         longspan.build("hourglass", width=8, factor=0)
     with pytest.raises(LongspanError, match="even width"):

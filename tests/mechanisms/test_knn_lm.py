@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -208,8 +209,20 @@ def test_what_is_no_datastore_is_refused(tmp_path: Path) -> None:
         Datastore(tmp_path)
 
 
-def test_the_store_is_mapped_and_never_written_through(tmp_path: Path) -> None:
-    store = stored(tmp_path)
+def test_the_store_is_mapped_and_never_written_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, load, loaded = Datastore.create(tmp_path, width=WIDTH), np.load, []
+
+    def recorded(*args: Any, **named: Any) -> Any:
+        loaded.append(load(*args, **named))
+        return loaded[-1]
+
+    monkeypatch.setattr(np, "load", recorded)
+    store.add(numbers(9, WIDTH), stream(9))
+    assert len(store.search(numbers(2, WIDTH), 3).ids) == 2
+    assert [array.dtype for array in loaded] == [np.float16, np.int32]
+    assert all(isinstance(array, np.memmap) for array in loaded)
     before = (tmp_path / "000000.keys.npy").read_bytes()
     store._shards[0][0].zero_()
     assert (tmp_path / "000000.keys.npy").read_bytes() == before
@@ -299,27 +312,29 @@ def test_generation_equals_reading_step_by_step(tmp_path: Path) -> None:
     assert torch.equal(alone, plain)
 
 
-def test_beams_keep_their_own_history() -> None:
-    lm, prompt = model(), stream(9, seed=6)[None]
+@pytest.mark.parametrize("seed", [6, 7, 8])
+def test_beams_keep_their_own_history(seed: int) -> None:
+    """Beams change places as they go, and all that are left score as read on their own."""
+    lm, prompt = model(), stream(9, seed=seed)[None]
     cache = build("neural-cache", sharpness=0.5, share=0.5)
     with reading(lm, [History(50)], [cache]) as processors:
-        best = lm.generate(prompt, max_new_tokens=6, num_beams=3, logits_processor=processors)
-    with torch.no_grad(), tapped(lm, "lm_head") as taps:
-        logits = lm(best[:, :-1]).logits
-        found = recall(taps["lm_head"], best[:, 1:], None, size=50)[0]
-    told = cache(Base(logits), found)
-    told = told.gather(-1, best[:, 1:, None])[:, -6:].sum()
-    with reading(lm, [History(50)], [cache]) as processors:
-        again = lm.generate(
+        beams = lm.generate(
             prompt,
-            max_new_tokens=6,
-            num_beams=3,
+            max_new_tokens=8,
+            num_beams=4,
+            num_return_sequences=4,
             logits_processor=processors,
             return_dict_in_generate=True,
             output_scores=True,
             length_penalty=0.0,
         )
-    assert float(again.sequences_scores[0]) == pytest.approx(float(told), rel=1e-4)
+    assert (beams.beam_indices[:, :8] != torch.arange(4)[:, None]).any(), "no beam changed places"
+    texts = beams.sequences
+    with torch.no_grad(), tapped(lm, "lm_head") as taps:
+        logits = lm(texts[:, :-1]).logits
+        found = recall(taps["lm_head"], texts[:, 1:], None, size=50)[0]
+    told = cache(Base(logits), found).gather(-1, texts[:, 1:, None])[:, -8:, 0].sum(1)
+    torch.testing.assert_close(beams.sequences_scores, told, rtol=1e-4, atol=1e-5)
 
 
 @needs_faiss

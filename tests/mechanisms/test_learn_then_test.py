@@ -153,6 +153,15 @@ def test_an_empty_answer_says_what_to_do() -> None:
         done.choose()
 
 
+def test_the_samples_that_an_empty_answer_asks_for_are_as_few_as_can_do() -> None:
+    calibrate = build("learn-then-test", error=0.05)
+    with pytest.raises(LongspanError, match="about") as raised:
+        calibrate(torch.ones(9, 1), [1], 0.1).choose()
+    needed = int(str(raised.value).rpartition("about ")[2].rstrip(")."))
+    assert calibrate(torch.zeros(needed, 1), [1], 0.1).accepted == (1,)
+    assert calibrate(torch.zeros(needed - 1, 1), [1], 0.1).accepted == ()
+
+
 def test_several_risks_are_held_at_once() -> None:
     first, second = binary(0.02, 400, 3), binary(0.02, 400, 3, seed=1)
     second[:, 2] = binary(0.3, 400)

@@ -9,8 +9,14 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from longspan import LongspanError, build
+from longspan.hub import StateCache
 from longspan.models import LongspanConfig, LongspanForCausalLM
-from longspan.models.luna import LunaEncoder, LunaForClassification, LunaSeq2Seq
+from longspan.models.luna import (
+    LunaConfig,
+    LunaForSeq2SeqLM,
+    LunaForSequenceClassification,
+    LunaModel,
+)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -139,16 +145,22 @@ def test_outputs_do_not_grow_with_position() -> None:
 # -- stacks -------------------------------------------------------------------------------------
 
 
-def encoder(**options: Any) -> LunaEncoder:
+def luna_config(**fields: Any) -> LunaConfig:
+    sizes: dict[str, Any] = {"vocab_size": 13, "width": 12, "layers": 2, "heads": 2, "slots": 5}
+    return LunaConfig(**(sizes | fields))
+
+
+def encoder(**fields: Any) -> LunaModel:
     torch.manual_seed(0)
-    luna = {"heads": 2, "pack_heads": 3} | options
-    return LunaEncoder(vocab_size=13, width=12, layers=2, slots=5, luna=luna).eval()
+    return LunaModel(luna_config(pack_heads=3, **fields)).eval()
+
+
+IDS = torch.arange(14).view(2, 7) % 13
 
 
 def test_encoder_threads_both_streams() -> None:
     model: Any = encoder()
-    ids = torch.arange(14).view(2, 7) % 13
-    x = model.embed(ids) * 12**0.5
+    x = model.embed(IDS) * 12**0.5
     place, channel = torch.arange(7)[:, None], torch.arange(6)
     angles = place * 10000 ** (-channel / 5)
     x, p = x + torch.cat([angles.sin(), angles.cos()], 1), model.slots(2)
@@ -156,51 +168,83 @@ def test_encoder_threads_both_streams() -> None:
         y_x, y_p = layer.luna.streams(x, p)
         x, p = layer.x_norm(x + y_x), layer.p_norm(p + y_p)
         x = layer.norm(x + layer.feed_forward(x))
-    assert_close(model(ids), (x, p))
-    torch.cat([t.flatten().square() + t.flatten() for t in model(ids)]).sum().backward()
+    out = model(IDS)
+    assert_close((out.last_hidden_state, out.packed), (x, p))
+    torch.cat([t.flatten().square() + t.flatten() for t in out.values()]).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
 
 
 @pytest.mark.parametrize("shorten", [False, True])
 def test_encoder_ignores_padding(shorten: bool) -> None:
     model = encoder(shorten=shorten)
-    ids = torch.arange(14).view(2, 7) % 13
-    padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), ids], 1)
-    x, p = model(padded, keep=torch.arange(10).expand(2, -1) >= 3)
-    alone = model(ids)
-    assert_close((x[:, 3:], p), alone, atol=1e-5, rtol=1e-5)
+    padded = F.pad(IDS, (3, 0))
+    out, alone = model(padded, torch.arange(10).expand(2, -1) >= 3), model(IDS)
+    assert_close(out.last_hidden_state[:, 3:], alone.last_hidden_state, atol=1e-5, rtol=1e-5)
+    assert_close(out.packed, alone.packed, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("source", ["x", "p", "both"])
 def test_classification_from_either_stream(source: Any) -> None:
-    model: Any = LunaForClassification(encoder(), classes=3, source=source)
-    ids = torch.arange(14).view(2, 7) % 13
-    keep = torch.arange(7).expand(2, -1) < 5
-    x, p = model.encoder(ids, keep=keep)
+    model: Any = LunaForSequenceClassification(luna_config(source=source, num_labels=3)).eval()
+    keep, labels = torch.arange(7).expand(2, -1) < 5, torch.tensor([2, 0])
+    x, p = model.model(IDS, keep, return_dict=False)
     pooled = {"x": x[:, :5].mean(1), "p": p.mean(1)}
     pooled["both"] = torch.cat([pooled["x"], pooled["p"]], 1)
-    assert_close(model(ids, keep=keep), model.score(pooled[source]))
+    out = model(IDS, keep, labels=labels)
+    assert_close(out.logits, model.score(pooled[source]))
+    assert_close(out.loss, F.cross_entropy(out.logits, labels))
+
+
+def seq2seq() -> Any:
+    torch.manual_seed(0)
+    return LunaForSeq2SeqLM(luna_config(decoder_start_token_id=0, pad_token_id=0)).eval()
 
 
 def test_encoder_decoder_steps_and_sees_no_later_token() -> None:
-    torch.manual_seed(0)
-    model = LunaSeq2Seq(vocab_size=13, width=12, layers=2, slots=5, luna={"heads": 2}).eval()
-    source, target = torch.arange(14).view(2, 7) % 13, torch.arange(18).view(2, 9) % 11
-    keep = torch.arange(7).expand(2, -1) < torch.tensor([[7], [4]])
-    whole = model(source, target, keep=keep)
-    changed = model(source, torch.cat([target[:, :5], target[:, 5:] + 1], 1), keep=keep)
+    model, target = seq2seq(), torch.arange(18).view(2, 9) % 11
+    mask = (torch.arange(7).expand(2, -1) < torch.tensor([[7], [4]])).long()
+    whole = model(IDS, mask, target).logits
+    changed = model(IDS, mask, torch.cat([target[:, :5], target[:, 5:] + 1], 1)).logits
     assert torch.equal(changed[:, :5], whole[:, :5])
-    encoded, _ = model.encoder(source, keep=keep)
-    state, outs = None, []
+    encoded, cache, outs = model.encoder(IDS, mask), StateCache(), []
     for token in target.split([1, 1, 4, 1, 2], 1):
-        logits, state = model.decode(token, encoded, state, keep=keep)
-        outs.append(logits)
+        out = model(None, mask, token, encoder_outputs=encoded, past_key_values=cache)
+        outs.append(out.logits)
     assert_close(torch.cat(outs, 1), whole, atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(model(source.flip(1), target, keep=keep), whole)
-    F.cross_entropy(whole.mT, target).backward()
+    assert not torch.allclose(model(IDS.flip(1), mask, target).logits, whole)
+
+
+def test_encoder_decoder_ignores_the_decoder_s_padding() -> None:
+    model, target = seq2seq(), torch.arange(8).view(2, 4) + 1
+    mask = (torch.arange(7).expand(2, -1) >= 3).long()
+    got = model(IDS, None, F.pad(target, (3, 0)), mask).logits[:, 3:]
+    assert_close(got, model(IDS, None, target).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_encoder_decoder_trains_on_targets_one_place_later() -> None:
+    model, target = seq2seq(), torch.arange(18).view(2, 9) % 11
+    target[1, 6:] = -100
+    out = model(IDS, labels=target)
+    given = F.pad(target.masked_fill(target < 0, 0)[:, :-1], (1, 0))
+    assert torch.equal(out.logits, model(IDS, None, given).logits)
+    assert_close(out.loss, F.cross_entropy(out.logits.flatten(0, 1), target.flatten()))
+    out.loss.backward()
     idle = {n for n, p in model.named_parameters() if p.grad is None}  # the last P is unread
     ends = ("layers.1.p_norm.weight", "layers.1.p_norm.bias")
     assert idle == {side + end for side in ("", "encoder.") for end in ends}
+    with pytest.raises(LongspanError, match="give decoder_input_ids, or labels"):
+        model(IDS)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_encoder_decoder_generates(beams: int) -> None:
+    model = seq2seq()
+    mask = (torch.arange(7).expand(2, -1) < torch.tensor([[7], [4]])).long()
+    options: Any = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams}
+    got = model.generate(IDS, attention_mask=mask, **options)
+    assert got.shape == (2, 7)
+    slow = model.generate(IDS, attention_mask=mask, use_cache=False, **options)
+    assert torch.equal(got, slow)
 
 
 def test_language_model_with_slots_in_every_layer() -> None:
@@ -228,6 +272,8 @@ def test_refusals() -> None:
         ("call prefix", lambda: luna(causal=True).streams(x, p)),
         ("causal=True", lambda: luna().prefix(x, p)),
         ("leave the context out", lambda: luna(causal=True)(x, context=x)),
+        ("of the last layer are kept", lambda: seq2seq()(IDS, labels=IDS, output_attentions=True)),
+        ("expected x, p or both", lambda: luna_config(source="y")),
         ("leave the marks out", lambda: luna()(x, marks=torch.ones(1, 4, dtype=torch.bool))),
     ]
     for match, call in calls:

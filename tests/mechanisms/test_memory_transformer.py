@@ -80,11 +80,10 @@ def test_mem_control_with_tied_sub_layers_is_mem_transformer() -> None:
 
 
 def test_in_the_bottleneck_tokens_meet_through_memory_alone() -> None:
-    layer, x = encoder(variant="bottleneck").layers[0], normal(1, L, E).requires_grad_()
-    memory = normal(1, 4, E, seed=1)
-    y, updated = layer(x, memory)
-    assert_close(y, layer.of_tokens(x, updated, None))  # it reads the updated memory
-    fixed = layer.of_tokens(x, updated.detach(), None)
+    module, x = encoder(variant="bottleneck", layers=1), normal(1, L, E).requires_grad_()
+    of_tokens, (y, updated) = module.layers[0].of_tokens, module(x)
+    assert_close(y, of_tokens(x, context=updated)[0])  # it reads the updated memory
+    fixed = of_tokens(x, context=updated.detach())[0]
     for i in range(L):
         (g,) = torch.autograd.grad(fixed[:, i].sum(), x, retain_graph=True)
         assert g[0].any(-1).nonzero()[:, 0].tolist() == [i]

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import longspan
 from longspan.errors import LongspanError
@@ -140,6 +142,56 @@ def test_relations_of_pairs_are_read_from_an_index(causal):
         assert_close(torch.cat([before, after], 2), got)
     with pytest.raises(LongspanError, match="2 relations"):
         attend(q, k, v)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that any tensor made within holds; views hold none of their own."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        sizes = [t.untyped_storage().nbytes() // t.element_size() for t in made]
+        self.numbers = max(self.numbers, *sizes, 0)
+        return out
+
+
+def gathered(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    """The naive form: for each pair the vector of its distance, L × L × D."""
+    length = q.shape[2]
+    far = torch.arange(length) - torch.arange(length)[:, None]
+    rows = table[:, far.clamp(max=0) + table.shape[1] - 1]
+    scores = (q @ k.mT + (q[..., None, :] * rows).sum(-1)) / 8**0.5
+    return scores.masked_fill(far > 0, -math.inf).softmax(-1) @ v
+
+
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [
+        ({}, 2),
+        ({"causal": False}, 2),
+        ({"relations": (5,)}, 2),
+        ({"block": 32}, 0.6),
+    ],
+)
+def test_no_tensor_is_as_large_as_a_vector_for_each_pair(options, most):
+    """Beside the pairs' scores (`most` of them for a pair) nothing grows as L × L, there or in the
+    backward pass; the gathered form has D numbers for a pair."""
+    length, rows, pairs = 160, 160, 2 * 3 * 160 * 160
+    attend, qkv = built(**({"causal": True, "length": rows} | options)), example(length)
+    related = [torch.zeros(2, length, length, dtype=torch.long)] * len(attend.related)
+    with Largest() as ours:
+        attend(*qkv, related=related)[0].sum().backward()
+    assert pairs / 4 < ours.numbers <= most * pairs
+    with Largest() as naive:
+        gathered(*qkv, attend.table[:, :length]).sum().backward()
+    assert naive.numbers == 8 * pairs
+
+
+def test_the_gathered_form_is_what_it_is_compared_with():
+    attend, qkv = built(causal=True, length=9), example(9)
+    assert_close(attend(*qkv)[0], gathered(*qkv, attend.table))
 
 
 def test_a_model_of_events_steps_as_it_reads():

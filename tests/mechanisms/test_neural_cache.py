@@ -184,6 +184,15 @@ def test_the_cache_goes_on_until_it_is_restarted() -> None:
     assert torch.equal(again.found[0].values, first.found[0].values)
 
 
+def test_one_stream_of_a_history_is_restarted_and_the_others_go_on() -> None:
+    (hidden, following, _), history = states(), History(50)
+    history.find(hidden, following, None)
+    history.restart(torch.tensor([True, False]))
+    found = history.find(hidden, following, None)
+    assert (found.values[0, :, :LENGTH] == -1).all()
+    assert (found.values[1, :, :LENGTH] == following[1]).all()
+
+
 def test_generation_equals_the_segment_form() -> None:
     lm, prompt = model(), torch.stack([text(9), text(9).flip(0)])
     reader = build("neural-cache", sharpness=0.5, share=0.6)

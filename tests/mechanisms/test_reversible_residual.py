@@ -14,6 +14,7 @@ from longspan.engines.reversible import Step
 from longspan.models import LongspanConfig, LongspanForCausalLM, LongspanForSeq2SeqLM, LongspanModel
 from longspan.nn import FeedForward, MultiHead
 from longspan.nn.auxiliary import report
+from longspan.nn.hashed import HashedAttention
 from longspan.testing.counting import held
 
 WIDTH, TOKENS = 12, 7
@@ -387,6 +388,63 @@ def test_a_model_trains_streams_and_saves(tmp_path: Any) -> None:
         net.save_pretrained(tmp_path)
         again = LongspanForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
         torch.testing.assert_close(again(input_ids=tokens).logits, whole)
+
+
+def test_a_reformer_draws_its_buckets_and_dropout_again_as_they_were(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Strictly causal LSH, with directions drawn anew at each call: gradients are those of the
+    same layers with everything kept."""
+    lsh = {"id": "reformer-lsh-causal", "window": 3, "buckets": 4, "rounds": 2, "redraw": True}
+    net = model(LongspanForCausalLM, mixers=[lsh], dropout=0.2, position="sinusoidal-position")
+    tokens = torch.randint(11, (2, 40), generator=torch.Generator().manual_seed(1))
+    drawn: list[Tensor] = []
+    directions = HashedAttention.directions
+
+    def recorded(self: HashedAttention, q: Tensor) -> Tensor:
+        drawn.append(directions(self, q))
+        return drawn[-1]
+
+    monkeypatch.setattr(HashedAttention, "directions", recorded)
+
+    def gradients() -> tuple[Tensor, list[Tensor | None]]:
+        torch.manual_seed(7)
+        net.zero_grad()
+        loss = net.train()(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        return loss.detach(), [p.grad for p in net.parameters()]
+
+    again = gradients()
+    assert len(drawn) == 6
+    assert all(torch.equal(a, b) for a, b in zip(drawn[:3], drawn[:2:-1], strict=True))
+    assert not torch.equal(drawn[0], drawn[1])
+    monkeypatch.setattr(reversible, "run", reversible.kept)
+    kept = gradients()
+    assert len(drawn) == 9
+    torch.testing.assert_close(again, kept, rtol=1e-9, atol=1e-12)
+
+
+def test_a_reformer_of_strictly_causal_layers_trains() -> None:
+    lsh = {"id": "reformer-lsh-causal", "window": 4, "buckets": 4, "rounds": 2, "redraw": True}
+    net = model(LongspanForCausalLM, mixers=[lsh], dropout=0.1).float().train()
+    tokens = torch.arange(48)[None] % 5 + 1
+    optimizer, losses = torch.optim.Adam(net.parameters(), 1e-2), []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = net(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    net.eval()
+    whole, past, outs = net(input_ids=tokens).logits, None, []
+    for piece in tokens.split([40, 1, 7], 1):
+        out = net(input_ids=piece, past_key_values=past, use_cache=True)
+        past = out.past_key_values
+        outs.append(out.logits)
+    torch.testing.assert_close(torch.cat(outs, 1), whole, rtol=1e-4, atol=1e-5)
+    with pytest.raises(LongspanError, match="hashed by other directions"):
+        net.train()(input_ids=tokens[:, :4], past_key_values=past)
 
 
 def test_a_model_gives_its_hidden_states() -> None:

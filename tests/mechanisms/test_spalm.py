@@ -167,6 +167,24 @@ def test_padding_changes_nothing() -> None:
     torch.testing.assert_close(got, whole, rtol=1e-4, atol=1e-5)
 
 
+def test_the_model_s_embedding_learns_as_input_as_output_and_as_neighbours() -> None:
+    lm, x = model().double(), tokens()
+    out = lm(x, neighbours=near(), labels=x).loss
+    weight, score = lm.lm_head.weight, lm.reader.score.weight
+    hidden, values = lm.model(x).last_hidden_state, near()
+    y, none = weight[values.clamp(min=0)], (values < 0).all(-1, keepdim=True)
+    attention = (y @ hidden[..., None])[..., 0].masked_fill((values < 0) & ~none, -torch.inf)
+    m = (attention.softmax(-1)[..., None] * y).sum(2)
+    gate = (hidden @ score.T).sigmoid().masked_fill(none, 1)
+    logits = ((1 - gate) * m + gate * hidden) @ weight.T
+    want = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), x[:, 1:].flatten())
+    torch.testing.assert_close(out, want, check_dtype=False)
+    for got, by_hand in zip(
+        *(torch.autograd.grad(loss, [weight, score]) for loss in (out, want)), strict=True
+    ):
+        torch.testing.assert_close(got, by_hand, rtol=1e-5, atol=1e-7)
+
+
 def test_learns_whom_to_trust_from_a_datastore_and_is_saved(tmp_path: Path) -> None:
     """Neighbours by a frozen encoder, own position excluded; keys stay, the gate and W learn."""
     stream = torch.randint(VOCABULARY, (12,), generator=torch.Generator().manual_seed(3)).repeat(6)

@@ -17,9 +17,9 @@ from longspan.engines import distance
 from longspan.engines.distance import shift
 from longspan.errors import LongspanError
 from longspan.mechanisms.position.alibi import published
-from longspan.mechanisms.position.rope import relayout
 from longspan.nn import Attention, MultiHead, Position
 from longspan.nn.positions import positions_from, raster
+from longspan.nn.rotation import relayout
 from longspan.testing.subject import Subject
 
 BATCH, HEADS, WIDTH = 2, 3, 8

@@ -1,6 +1,5 @@
 """What a comparison is made of: one dataclass, whose fields the CLI sets."""
 
-import ast
 import hashlib
 import json
 import re
@@ -9,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from longspan.card import Card
 from longspan.errors import LongspanError
-from longspan.registry import cards, find, show
+from longspan.registry import cards, find, parse
 
 Match = Literal["params", "flops", "state", "time"]
 BASELINE = "multi-head-attention"
@@ -62,20 +61,7 @@ class Spec:
     @classmethod
     def parse(cls, text: str) -> "Spec":
         """Read `id` or `id(name=literal, …)`."""
-        found = re.fullmatch(r"([^\s()]+)(?:\((.*)\))?", text.strip())
-        if found is None:
-            raise LongspanError(
-                f"'{text}' names no mechanism: write an id, or an id with arguments, as in "
-                "longformer(window=256)."
-            )
-        try:
-            arguments = ast.literal_eval(_as_dict(found[2] or ""))
-        except (SyntaxError, ValueError):
-            raise LongspanError(
-                f"the arguments of '{text}' cannot be read: write name=literal, separated by "
-                "commas, as in longformer(window=256)."
-            ) from None
-        return cls(show(found[1]).id, arguments)
+        return cls(*parse(text))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,14 +129,6 @@ class Settings:
         counted = {name: settings[name] for name in settings if name != "allow_leaks"}
         text = json.dumps(counted, sort_keys=True, default=str)
         return {**settings, "digest": hashlib.sha256(text.encode()).hexdigest()[:16]}
-
-
-def _as_dict(arguments: str) -> ast.expr:
-    """`a=1, b=2` as the expression `{"a": 1, "b": 2}`."""
-    call = ast.parse(f"f({arguments})", mode="eval").body
-    if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
-        raise ValueError(arguments)
-    return ast.Dict([ast.Constant(k.arg) for k in call.keywords], [k.value for k in call.keywords])
 
 
 def choose(text: str) -> list[Spec]:

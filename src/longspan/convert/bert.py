@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionMaskInterface, PreTrainedModel
 
+from longspan.convert.swapped import Origin, Sizes, Swapped
 from longspan.errors import LongspanError
 from longspan.models.stack import padding
 from longspan.nn import Attention, MultiHead
@@ -147,3 +148,35 @@ def lengthen(embeddings: Any, length: int) -> int:
     embeddings.position_ids = torch.arange(rows, device=device)[None]
     embeddings.token_type_ids = torch.zeros(1, rows, dtype=torch.long, device=device)
     return rows
+
+
+class Bert(Swapped):
+    """The name map of BERT and RoBERTa for `swap`; W_o stands in the layer's output."""
+
+    types = frozenset(ARCHITECTURES)
+    place = "encoder.layer.{}.attention.self"
+    drops = "attention_probs_dropout_prob"
+    known = frozenset(
+        {
+            *("attention_probs_dropout_prob", "classifier_dropout", "hidden_act"),
+            *("hidden_dropout_prob", "hidden_size", "initializer_range", "intermediate_size"),
+            *("is_decoder", "layer_norm_eps", "max_position_embeddings", "num_attention_heads"),
+            *("num_hidden_layers", "type_vocab_size"),
+        }
+    )
+    neutral = {"position_embedding_type": "absolute"}  # noqa: RUF012
+
+    query: Any
+    key: Any
+    value: Any
+
+    @classmethod
+    def measure(cls, original: Any) -> Sizes:
+        heads = original.num_attention_heads
+        return Sizes(original.query.in_features, heads, heads, original.attention_head_size)
+
+    def project(self, x: Inputs) -> dict[Origin, Tensor]:
+        return {"q": self.query(x), "k": self.key(x), "v": self.value(x)}
+
+    def copied(self, origin: Origin) -> nn.Linear:
+        return deepcopy({"q": self.query, "k": self.key, "v": self.value}[origin])

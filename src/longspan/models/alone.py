@@ -75,6 +75,7 @@ class AloneModel(LongspanModel):
 class AloneForCausalLM(LongspanForCausalLM):
     """The architecture with a next-token head."""
 
+    config: AloneConfig
     supports_gradient_checkpointing = False
 
     def __init__(self, config: AloneConfig) -> None:

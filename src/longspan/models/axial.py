@@ -295,3 +295,6 @@ class AxialTransformer(hub.Pretrained):
             for n, line in enumerate(lines):
                 x, states[n] = line.block(x, states[n])
             row[:, j] = draw(self.logits(self.norm(x))[:, 0])
+
+
+hub.register(AxialConfig, {"AutoModel": AxialTransformer})

@@ -29,6 +29,7 @@ class BlockRecurrentConfig(LongspanConfig):
 
     mixers: Sequence[Spec] = ("block-recurrent-transformer",)
     position: Spec | None = None
+    causal: bool | None = True
     layers: int = 12
     window: int = 512
     states: int = 512

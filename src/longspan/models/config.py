@@ -15,6 +15,20 @@ Spec = str | dict[str, Any]
 
 MIXING = ("attention", "mixer", "memory")
 
+# What cannot stand in `memory` or `depth`, and what to use in its place.
+ELSEWHERE = {
+    "block-recurrent-transformer": "longspan.models.BlockRecurrentForCausalLM",
+    "calm": "longspan.models.EarlyExitForCausalLM",
+    "deq": "longspan.models.EquilibriumForCausalLM",
+    "depth-adaptive-transformer": "longspan.models.EarlyExitForCausalLM",
+    "feedback-transformer": "longspan.models.FeedbackForCausalLM",
+    "hippo": 'mixers=["hippo"], as it remembers in place of attention',
+    "memory-transformer": "longspan.models.MemoryForSeq2SeqLM",
+    "sru-plus-plus": "longspan.models.SruForCausalLM",
+    "token-turing-machine": "longspan.models.TokenTuringModel",
+    "universal-transformer": "longspan.models.UniversalForCausalLM",
+}
+
 
 class LongspanConfig(PreTrainedConfig):
     """A model as a list of mechanisms tiled over its layers, and what stands around them.
@@ -26,6 +40,11 @@ class LongspanConfig(PreTrainedConfig):
             those of the decoder.
         position: a mechanism of kind position, likewise; None for none.
         residual: a mechanism of kind residual, likewise, in place of each sum x + y; None for that.
+        memory: what every layer keeps of earlier segments: a number of its inputs, which a causal
+            mixer takes as context; or a mechanism of kind memory, with its own attention and
+            positions where the mixer is `multi-head-attention`, and around another one where it
+            takes that (`infinite-former`). Layers that differ name theirs among `mixers`.
+        depth: a mechanism of kind depth, which says how many layers each position goes through.
         axes: sizes of a grid that the tokens fill row by row: each axis gets a learned table, and
             their sum is added to the embeddings, beside a position that rotates or biases.
         length: for the mechanisms and positions that are built for one.
@@ -41,7 +60,8 @@ class LongspanConfig(PreTrainedConfig):
 
     Raises:
         LongspanError: an unknown mechanism, option, norm, activation, initialisation or pooling;
-            runs that do not fit the layers; zero logits that are tied.
+            runs that do not fit the layers; zero logits that are tied; a memory or depth that is a
+            model of its own, or in the config of one.
 
     >>> LongspanConfig(layers=6, mixers=["linear-transformer", {"id": "longformer", "window": 64}])
     """
@@ -72,6 +92,8 @@ class LongspanConfig(PreTrainedConfig):
     encoder_layers: int | None = None
     position: Spec | None = "rope"
     residual: Spec | None = None
+    memory: Spec | int | None = None
+    depth: Spec | None = None
     norm: Literal["layer", "rms"] = "layer"
     norm_order: Literal["pre", "post"] = "pre"
     activation: Literal["relu", "gelu", "silu"] = "gelu"
@@ -101,6 +123,7 @@ class LongspanConfig(PreTrainedConfig):
             (self.position,) = _specs("position", [self.position], ("position",))
         if self.residual is not None:
             (self.residual,) = _specs("residual", [self.residual], ("residual",))
+        self._check_wrapping()
         for name, known in (
             ("norm", NORMS),
             ("norm_order", ("pre", "post")),
@@ -121,6 +144,30 @@ class LongspanConfig(PreTrainedConfig):
         if self.sharing is not None:
             self._check_sharing(self.sharing)
         super().__post_init__(**kwargs)
+
+    def _check_wrapping(self) -> None:
+        if type(self) is not LongspanConfig:
+            for name in ("memory", "depth"):
+                own = any(name in vars(c).get("__annotations__", ()) for c in _below(type(self)))
+                if not own and getattr(self, name) is not None:
+                    raise LongspanError(
+                        f"{name} is of the models of LongspanConfig, and {type(self).__name__} "
+                        f"arranges its layers itself: leave {name} out."
+                    )
+            return
+        if isinstance(self.memory, int) and (isinstance(self.memory, bool) or self.memory < 0):
+            raise LongspanError(f"memory is {self.memory}; expected 0 or more inputs, or an id.")
+        if self.memory is not None and not isinstance(self.memory, int):
+            (self.memory,) = _specs("memory", [self.memory], ("memory",))
+            if self.position == "rope":  # the default, of attention that the memory replaces
+                self.position = None
+        if self.depth is not None:
+            (self.depth,) = _specs("depth", [self.depth], ("depth",))
+
+    @property
+    def wrapping(self) -> tuple[Spec | int | None, Spec | None]:
+        """(memory, depth) of a stack; a config of another model may have fields of these names."""
+        return (self.memory, self.depth) if type(self) is LongspanConfig else (None, None)
 
     def _check_sharing(self, runs: Sequence[int]) -> None:
         if sum(runs) != self.layers or min(runs, default=0) < 1:
@@ -163,12 +210,19 @@ class LongspanConfig(PreTrainedConfig):
         config.is_encoder_decoder = False
         config.causal = which == "decoder"
         if which == "encoder":
+            if config.wrapping[0] is not None:
+                config.memory = None
             if self.encoder_mixers or self.encoder_layers not in (None, self.layers):
                 config.sharing = None
             config.mixers = self.encoder_mixers or self.mixers
             config.layers = self.layers if self.encoder_layers is None else self.encoder_layers
         config.encoder_mixers = config.encoder_layers = None
         return config
+
+
+def _below(kind: type) -> list[type]:
+    """A config's class and its bases, as far as LongspanConfig."""
+    return list(kind.__mro__[: kind.__mro__.index(LongspanConfig)])
 
 
 def split(spec: Spec) -> tuple[str, dict[str, Any]]:
@@ -192,6 +246,8 @@ def _specs(field: str, given: Any, kinds: tuple[str, ...]) -> list[Spec]:
             )
         id_, options = (spec, {}) if isinstance(spec, str) else split(dict(spec))
         card = registry.show(id_)
+        if field in ("memory", "depth") and id_ in ELSEWHERE:
+            raise LongspanError(f"'{id_}' cannot stand in {field}: use {ELSEWHERE[id_]}.")
         if card.kind not in kinds:
             raise LongspanError(
                 f"'{id_}' is of kind {card.kind} and cannot stand in {field}, which takes "

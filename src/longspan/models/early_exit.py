@@ -186,6 +186,7 @@ class _EarlyExit(hub.Pretrained):
 
     config: EarlyExitConfig
     lm_head: nn.Linear
+    _is_stateful = True  # tokens checked together do not leave where they would one by one
 
     def _add_exits(self, stack: LongspanModel) -> None:
         config = self.config

@@ -105,6 +105,8 @@ class EquilibriumForCausalLM(LongspanForCausalLM):
                 "solver='plain' with tolerance=0, or set allow_leaks=True in the config."
             )
         super().__init__(config)
+        # Drafts checked together would stop the solver elsewhere than token by token.
+        self._is_stateful = config.solver != "plain" or config.tolerance > 0
         self.model = EquilibriumModel(self.config)
         self.post_init()
 

@@ -48,6 +48,7 @@ class FlashModel(LongspanModel):
     def __init__(self, config: LongspanConfig) -> None:
         super().__init__(config)
         self.position = hub.settled(ScaledSinusoid(config.width))
+        self.post_init()
 
     def _feed_forward(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         return None

@@ -264,3 +264,6 @@ def windows(
     drawn = torch.multinomial(scale, count, replacement=True, generator=generator)
     series, start = drawn // cut.shape[1], drawn % cut.shape[1]
     return Windows(cut[series, start], series, start)
+
+
+hub.register(ForecastConfig, {"AutoModelForTimeSeriesPrediction": ForecastModel})

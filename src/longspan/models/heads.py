@@ -11,6 +11,7 @@ from transformers.generation.utils import GenerationMixin
 
 from longspan import hub
 from longspan.errors import LongspanError
+from longspan.models.building import refuse_leaks
 from longspan.models.config import LongspanConfig
 from longspan.models.losses import (
     IGNORED,
@@ -22,7 +23,7 @@ from longspan.models.losses import (
     with_auxiliary,
 )
 from longspan.models.packing import document_starts
-from longspan.models.stack import LongspanModel, initialise, padding, refuse_leaks
+from longspan.models.stack import LongspanModel, initialise, padding
 from longspan.nn import norm
 from longspan.shapes import Inputs, Keep, Marks, Tokens
 
@@ -107,6 +108,7 @@ class LongspanForCausalLM(_Headed, GenerationMixin):
     >>> model.generate(prompt, max_new_tokens=100, do_sample=True)
     """
 
+    _is_stateful = False  # its cache takes tokens back, which is all that transformers asks
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: LongspanConfig) -> None:

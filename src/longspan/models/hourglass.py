@@ -13,12 +13,16 @@ from longspan import hub
 from longspan.engines import pool
 from longspan.errors import LongspanError
 from longspan.mechanisms.hierarchical.hourglass import Hourglass, Lengthening, Shortening
+from longspan.models.building import mixer, refuse_leaks
 from longspan.models.config import LongspanConfig, Spec
 from longspan.models.heads import LongspanForCausalLM
-from longspan.models.stack import LongspanModel, mixer, refuse_leaks
+from longspan.models.stack import LongspanModel
 from longspan.nn import FeedForward
 from longspan.nn.relative import Places, RelativeAttention, RelativeBlock
 from longspan.shapes import Inputs, Keep
+
+# By how much each axis is shorter than the whole.
+Total = tuple[int, ...]
 
 
 class HourglassConfig(LongspanConfig):
@@ -26,7 +30,10 @@ class HourglassConfig(LongspanConfig):
 
     Args:
         hierarchy: layers@shortening of each stack, down and up again, the same shortenings mirrored
-            ("2@1 8@3 2@1", "2@1 2@3 4@9 2@3 2@1").
+            ("2@1 8@3 2@1", "2@1 2@3 4@9 2@3 2@1"); of rows and columns of an image
+            "2@1 8@2x3 2@1", where one number is both.
+        columns: tokens in a row of an image, channels included, whose rows and columns are both
+            shortened; None for one dimension. Logits follow from what comes before in the raster.
         shorten, lengthen: between any two levels.
         full: mechanisms of the full-length layers, tiled over them, in place of relative attention;
             their position is `position`.
@@ -40,6 +47,7 @@ class HourglassConfig(LongspanConfig):
     __no_type_check__ = True
 
     hierarchy: str = "2@1 8@3 2@1"
+    columns: int | None = None
     shorten: Shortening = "attention"
     lengthen: Lengthening = "attention"
     full: Sequence[Spec] | None = None
@@ -50,30 +58,45 @@ class HourglassConfig(LongspanConfig):
         self.mixers: Sequence[Spec] = self.full or ["multi-head-attention"]
         super().__post_init__(**kwargs)
 
-    def stacks(self) -> list[tuple[int, int]]:
-        """(layers, shortening) of each stack in order."""
+    def stacks(self) -> list[tuple[int, Total]]:
+        """(layers, shortening of each axis) of each stack in order."""
+        axes = 1 if self.columns is None else 2
         try:
-            found = [tuple(map(int, part.split("@", 1))) for part in self.hierarchy.split()]
+            found = [_stack(part, axes) for part in self.hierarchy.split()]
             down = [total for _, total in found[: len(found) // 2 + 1]]
             fits = (
                 len(found) % 2 == 1
-                and down[0] == 1
+                and down[0] == (1,) * axes
                 and [total for _, total in found] == down + down[-2::-1]
-                and all(b > a and b % a == 0 for a, b in pairwise(down))
+                and all(
+                    below != above and all(b % a == 0 for a, b in zip(above, below, strict=True))
+                    for above, below in pairwise(down)
+                )
                 and min(layers for layers, _ in found) >= 0
+                and min(min(total) for total in down) >= 1
             )
-        except (ValueError, IndexError):
+        except (ValueError, IndexError, ZeroDivisionError):
             fits = False
         if not fits:
             raise LongspanError(
                 f"hierarchy is {self.hierarchy!r}; expected layers@shortening down and up again, "
-                "each shortening a multiple of the one before, from 1, as in '2@1 8@3 2@1'."
+                "each shortening a multiple of the one before, from 1, as in '2@1 8@3 2@1', or "
+                "with columns '2@1 8@2x3 2@1'."
             )
-        return found  # pyright: ignore[reportReturnType, reportPossiblyUnbound]
+        return found  # pyright: ignore[reportPossiblyUnbound]
 
     def tiled(self) -> list[Spec]:
         """None: the levels hold all layers."""
         return []
+
+
+def _stack(part: str, axes: int) -> tuple[int, Total]:
+    layers, total = part.split("@", 1)
+    sizes = tuple(map(int, total.split("x")))
+    sizes = sizes * axes if len(sizes) == 1 else sizes
+    if len(sizes) != axes:
+        raise ValueError(part)
+    return int(layers), sizes
 
 
 class LevelState(NamedTuple):
@@ -100,10 +123,10 @@ class Stack(nn.Module):
     """Layers of one level, and a norm behind them."""
 
     def __init__(
-        self, config: HourglassConfig, layers: int, total: int, *, normed: bool = True
+        self, config: HourglassConfig, layers: int, total: Total, *, normed: bool = True
     ) -> None:
         super().__init__()
-        causal, full = bool(config.causal), config.full if total == 1 else None
+        causal, full = bool(config.causal), config.full if max(total) == 1 else None
         self.layers = nn.ModuleList(
             HourglassLayer(
                 width=config.width,
@@ -137,25 +160,33 @@ class Level(nn.Module):
     """before; x ← x + LN(lengthen(inner(shorten(x)))); after: the stacks at one shortening."""
 
     def __init__(
-        self, config: HourglassConfig, stacks: Sequence[tuple[int, int]], *, normed: bool = True
+        self,
+        config: HourglassConfig,
+        stacks: Sequence[tuple[int, Total]],
+        columns: int | None,
+        *,
+        normed: bool = True,
     ) -> None:
         super().__init__()
         (layers, total), inner = stacks[0], stacks[1:-1]
         self.before = Stack(config, layers, total, normed=normed or bool(inner))
         self.inner = None
         if inner:
+            factor = tuple(b // a for a, b in zip(total, inner[0][1], strict=True))
             self.length = Hourglass(
                 width=config.width,
                 heads=config.heads,
-                factor=inner[0][1] // total,
+                factor=factor if columns else factor[0],
+                columns=columns,
                 causal=bool(config.causal),
                 shorten=config.shorten,
                 lengthen=config.lengthen,
                 inner=config.inner,
                 dropout=config.dropout,
-                unit=total,
+                unit=total if columns else total[0],
             )
-            self.inner, self.norm = Level(config, inner), nn.LayerNorm(config.width)
+            fewer = None if columns is None else -(-columns // factor[1])
+            self.inner, self.norm = Level(config, inner, fewer), nn.LayerNorm(config.width)
             self.after = Stack(config, stacks[-1][0], total, normed=normed)
 
     def forward(
@@ -187,7 +218,7 @@ class Whole(nn.Module):
     def __init__(self, config: HourglassConfig) -> None:
         super().__init__()
         self.causal = bool(config.causal)
-        self.level = Level(config, config.stacks(), normed=False)
+        self.level = Level(config, config.stacks(), config.columns, normed=False)
 
     def forward(
         self,

@@ -346,3 +346,6 @@ def draw(
         spread = scales[..., c, :].gather(-1, chosen).exp() * temperature
         x.append((middle + spread * (u.log() - (1 - u).log())).clamp(-1, 1))
     return ((torch.cat(x, -1) + 1) * 127.5).round().long()
+
+
+hub.register(ImageConfig, {"AutoModel": ImageTransformerModel})

@@ -12,8 +12,8 @@ from transformers.utils.generic import ModelOutput
 
 from longspan import hub, registry
 from longspan.errors import LongspanError
+from longspan.models.building import mixer
 from longspan.models.config import LongspanConfig, Spec
-from longspan.models.stack import mixer
 from longspan.nn import Attention, FeedForward, MultiHead
 from longspan.shapes import Inputs, Keep, Keys, Outputs, Queries, Values
 
@@ -239,3 +239,6 @@ class InformerForForecasting(hub.Pretrained):
         prediction = self.output(self.norm(x[:, start:]))
         loss = None if labels is None else F.mse_loss(prediction, labels)
         return ForecastOutput(loss=loss, prediction=prediction)
+
+
+hub.register(InformerConfig, {"AutoModelForTimeSeriesPrediction": InformerForForecasting})

@@ -12,10 +12,11 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from longspan import hub, registry
 from longspan.errors import LongspanError
+from longspan.models.building import refuse_leaks
 from longspan.models.config import LongspanConfig, Spec
 from longspan.models.losses import MaskedOutput, Seq2SeqOutput, cross_entropy
 from longspan.models.seq2seq import LongspanForSeq2SeqLM, Targets
-from longspan.models.stack import LongspanModel, initialise, padding, refuse_leaks
+from longspan.models.stack import LongspanModel, initialise, padding
 from longspan.shapes import Inputs, Tokens
 
 

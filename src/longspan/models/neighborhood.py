@@ -331,3 +331,13 @@ class NeighborhoodForImageClassification(_Pretrained):
         logits = self.classifier(self.dinat(pixel_values).pooler_output)
         loss = None if labels is None else F.cross_entropy(logits, labels)
         return ImageClassifierOutput(loss=loss, logits=logits)  # pyright: ignore[reportArgumentType]
+
+
+hub.register(
+    NeighborhoodConfig,
+    {
+        "AutoModel": NeighborhoodModel,
+        "AutoBackbone": NeighborhoodBackbone,
+        "AutoModelForImageClassification": NeighborhoodForImageClassification,
+    },
+)

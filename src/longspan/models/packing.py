@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from longspan.shapes import Tokens
+from longspan.errors import LongspanError
+from longspan.shapes import Keep, Tokens
 
 
 @dataclass(frozen=True)
@@ -49,3 +50,22 @@ def document_starts(documents: Tokens) -> Bool[Tensor, "B L"]:
     starts = torch.ones_like(documents, dtype=torch.bool)
     starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
     return starts
+
+
+def places(seen: Tensor, keep: Keep | None, length: int) -> Tensor:
+    """Positions that count kept tokens only, from what each row has seen on."""
+    if keep is None:
+        return seen[:, None] + torch.arange(length, device=seen.device)
+    return (seen[:, None] + keep.long().cumsum(1) - 1).clamp(min=0)
+
+
+def refuse_restarts(position_ids: Tensor, keep: Keep | None) -> None:
+    """Positions that start again within a row are packing, which needs `documents`."""
+    back = position_ids[:, 1:] < position_ids[:, :-1]
+    if keep is not None:
+        back = back & keep[:, 1:] & keep[:, :-1]
+    if bool(back.any()):
+        raise LongspanError(
+            "position_ids start again within a row, as with packed documents, which would see "
+            "each other: give documents (a number per token) instead."
+        )

@@ -27,6 +27,7 @@ class RwkvConfig(LongspanConfig):
     mixers: Sequence[Spec] = ("rwkv", "rwkv-channel-mix")
     position: Spec | None = None
     tie_word_embeddings: bool = False
+    causal: bool | None = True
 
     def tiled(self) -> list[Spec]:
         """The two mixers of each layer, with the layer's number, which they are initialised by."""
@@ -68,6 +69,7 @@ class RwkvModel(LongspanModel):
                 for name in names:
                     nn.init.zeros_(mixer.project[name].weight)
             nn.init.zeros_(time.mixer.output.weight)
+        self.post_init()
 
     def _feed_forward(self) -> Any:
         return None

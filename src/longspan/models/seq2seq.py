@@ -5,13 +5,15 @@ from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.generation.utils import GenerationMixin
 
 from longspan import hub
 from longspan.errors import LongspanError
+from longspan.models.building import refuse_leaks
 from longspan.models.config import LongspanConfig
 from longspan.models.losses import IGNORED, Seq2SeqOutput, cross_entropy, with_auxiliary
-from longspan.models.stack import LongspanModel, initialise, refuse_leaks
+from longspan.models.stack import LongspanModel, initialise
 from longspan.shapes import Inputs, Marks, Tokens
 
 Targets = Int[Tensor, "B T"]
@@ -25,6 +27,7 @@ class LongspanForSeq2SeqLM(hub.Pretrained, GenerationMixin):
         LongspanError: a decoder mechanism without a strictly causal form, as in a causal LM.
     """
 
+    _is_stateful = False  # as LongspanForCausalLM
     _tied_weights_keys = {  # noqa: RUF012
         "decoder.embed_tokens.weight": "encoder.embed_tokens.weight",
         "lm_head.weight": "encoder.embed_tokens.weight",
@@ -93,7 +96,7 @@ class LongspanForSeq2SeqLM(hub.Pretrained, GenerationMixin):
                 return_dict=True,
             )
         if decoder_input_ids is None:
-            decoder_input_ids = self._delayed(labels)
+            decoder_input_ids = delayed(labels, self.config)
         output = self.decoder(
             decoder_input_ids,
             decoder_attention_mask,
@@ -116,17 +119,23 @@ class LongspanForSeq2SeqLM(hub.Pretrained, GenerationMixin):
             encoder_hidden_states=getattr(encoder_outputs, "hidden_states", None),
         )
 
-    def _delayed(self, labels: Targets | None) -> Targets:
-        start = self.config.decoder_start_token_id
-        if labels is None or start is None:
-            lacks = "labels" if labels is None else "decoder_start_token_id in the config"
-            raise LongspanError(f"the decoder has no input: give decoder_input_ids, or {lacks}.")
-        # What stands at an ignored label is only ever seen by later, ignored ones.
-        filler = start if self.config.pad_token_id is None else self.config.pad_token_id
-        delayed = labels.masked_fill(labels == IGNORED, filler).roll(1, dims=1)
-        delayed[:, 0] = start
-        return delayed
-
     def prepare_decoder_input_ids_from_labels(self, labels: Targets) -> Targets:
         """The decoder's input for these labels, as data collators ask for it."""
-        return self._delayed(labels)
+        return delayed(labels, self.config)
+
+
+def delayed(labels: Targets | None, config: PreTrainedConfig) -> Targets:
+    """A decoder's inputs for these labels: the same one place later, after the start token.
+
+    Raises:
+        LongspanError: no labels, or a config without `decoder_start_token_id`.
+    """
+    start = config.decoder_start_token_id
+    if labels is None or start is None:
+        lacks = "labels" if labels is None else "decoder_start_token_id in the config"
+        raise LongspanError(f"the decoder has no input: give decoder_input_ids, or {lacks}.")
+    # What stands at an ignored label is only ever seen by later, ignored ones.
+    filler = start if config.pad_token_id is None else config.pad_token_id
+    inputs = labels.masked_fill(labels == IGNORED, filler).roll(1, dims=1)
+    inputs[:, 0] = start
+    return inputs

@@ -41,6 +41,7 @@ class SignalModel(LongspanModel):
     def __init__(self, config: SignalConfig) -> None:
         super().__init__(config)
         self.embed_tokens = hub.settled(nn.Linear(config.channels, config.width))
+        self.post_init()
 
     def _feed_forward(self) -> Any:
         return None
@@ -95,3 +96,9 @@ class SignalClassifier(LongspanForSequenceClassification):
             inputs_embeds=self.model.embed_tokens(values),
             labels=labels,
         )
+
+
+hub.register(
+    SignalConfig,
+    {"AutoModel": SignalModel, "AutoModelForSequenceClassification": SignalClassifier},
+)

@@ -12,95 +12,23 @@ from longspan import hub, registry
 from longspan.engines.given import Lent
 from longspan.errors import LongspanError
 from longspan.models.axes import AxisPosition
+from longspan.models.building import (
+    build_among,
+    ids,
+    position_of,
+    remembering,
+    require_form,
+    sizes_of,
+    steps_on,
+)
 from longspan.models.config import LongspanConfig, Spec, split
-from longspan.models.packing import packing
-from longspan.nn import FeedForward, Mixer, MultiHead, Position, norm
+from longspan.models.packing import packing, places, refuse_restarts
+from longspan.nn import FeedForward, Mixer, MultiHead, Position, Remember, norm
+from longspan.nn.depth import Depth, step_of
 from longspan.nn.residual import Residual, Reversible
 from longspan.shapes import Inputs, Keep, Marks, Tokens
 
 Part = TypeVar("Part", bound=nn.Module)
-
-
-def mixer(spec: Spec, *, config: LongspanConfig, causal: bool) -> Mixer:
-    """Build one layer's mechanism for a model of this config.
-
-    An attention is put into `MultiHead`, with the config's position. A mechanism gets, of the
-    config's width, heads, head_width, kv_heads, length and attention_dropout, causal and a position
-    that rotates or biases, what its arguments name; the spec's own options come last.
-
-    Raises:
-        LongspanError: a mechanism without the form asked for, or whatever its builder refuses.
-    """
-    id_, options = split(spec)
-    card = registry.show(id_)
-    if causal and "causal" not in card.modes:
-        raise LongspanError(
-            f"'{id_}' has no causal form (modes: {', '.join(sorted(card.modes))}); "
-            'longspan.find(mode="causal") lists those that have.'
-        )
-    if not causal and "bidirectional" not in card.modes:
-        raise LongspanError(
-            f"'{id_}' has no bidirectional form (modes: {', '.join(sorted(card.modes))}); "
-            'longspan.find(mode="bidirectional") lists those that have.'
-        )
-    position = _position(config, causal=causal)
-    if position is not None and position.acts <= {"embed", "enter"}:
-        position = None
-    dropout = config.attention_dropout or None
-    if dropout and "dropout" not in registry.options(id_):
-        raise LongspanError(f"'{id_}' has no dropout of its weights: give attention_dropout=0.")
-    offered = {**_sizes(config), "causal": causal, "position": position, "dropout": dropout}
-    built = _build(id_, offered, options)
-    if card.kind != "attention":
-        return built
-    return MultiHead(
-        built,
-        width=config.width,
-        heads=config.heads,
-        head_width=config.head_width,
-        kv_heads=config.kv_heads,
-        position=position,
-    )
-
-
-def refuse_leaks(config: LongspanConfig) -> None:
-    """Refuse mechanisms whose causal form is not strictly so, unless the config allows them."""
-    for card in (registry.show(split(spec)[0]) for spec in config.mixers):
-        if card.causality == "strict" or config.allow_leaks:
-            continue
-        strict = f"{card.id}-causal"
-        use = f"use '{strict}'" if strict in registry.cards() else "use a strictly causal mechanism"
-        how = {
-            "selection": "later tokens change whom earlier ones attend to",
-            "numerical": "later tokens change earlier outputs by rounding",
-        }[card.causality]
-        raise LongspanError(
-            f"'{card.id}' can see the future ({how}), which spoils a language model's figures: "
-            f"{use}, or set allow_leaks=True in the config."
-        )
-
-
-def _sizes(config: LongspanConfig) -> dict[str, Any]:
-    return {
-        "width": config.width,
-        "heads": config.heads,
-        "head_width": config.head_width or config.width // config.heads,
-        "kv_heads": config.kv_heads,
-        "length": config.length,
-    }
-
-
-def _build(id_: str, offered: dict[str, Any], options: dict[str, Any]) -> Any:
-    known = registry.options(id_)
-    fitting = {n: v for n, v in offered.items() if n in known and v is not None}
-    return registry.build(id_, **(fitting | options))
-
-
-def _position(config: LongspanConfig, *, causal: bool) -> Position | None:
-    if config.position is None:
-        return None
-    id_, options = split(config.position)
-    return _build(id_, _sizes(config) | {"layers": config.layers, "causal": causal}, options)
 
 
 def padding(mask: Tensor | None, length: int) -> Keep | None:
@@ -143,7 +71,7 @@ class LongspanModel(hub.Pretrained):
         self.streams = self._streams(residual)
         self.layers = nn.ModuleList(
             hub.Layer(
-                self._settled(mixer(spec, config=config, causal=self.causal)),
+                self._mixer(spec),
                 self._feed_forward(),
                 width=width,
                 order=config.norm_order,
@@ -154,12 +82,16 @@ class LongspanModel(hub.Pretrained):
             )
             for spec in config.tiled()
         )
+        self.depth = self._depth()
         self.norm = norm(kind, width) if config.norm_order == "pre" else nn.Identity()
         self.gradient_checkpointing = False
+        if all(registry.show(id_).causality != "selection" for id_ in ids(config)):
+            # The others select by the pieces they are fed in, and would not come back the same.
+            hub.replaying(self)
         self.post_init()
 
     def _embedding_position(self) -> Position | None:
-        config, position = self.config, _position(self.config, causal=self.causal)
+        config, position = self.config, position_of(self.config, causal=self.causal)
         if position is not None and not position.acts & {"embed", "enter"}:
             position = None
         if config.axes is not None:
@@ -179,7 +111,7 @@ class LongspanModel(hub.Pretrained):
         if self.config.residual is None:
             return None
         id_, options = split(self.config.residual)
-        return lambda: hub.settled(_build(id_, {"width": self.config.width}, options))
+        return lambda: hub.settled(build_among(id_, {"width": self.config.width}, options))
 
     def _streams(self, residual: Callable[[], Residual] | None) -> Reversible | None:
         """What gives the stack two streams, where its residual is reversible."""
@@ -198,6 +130,27 @@ class LongspanModel(hub.Pretrained):
                 "position that adds nothing between layers."
             )
         return streams
+
+    def _mixer(self, spec: Spec) -> Mixer:
+        built = self._settled(remembering(spec, config=self.config, causal=self.causal))
+        memory, _ = self.config.wrapping
+        return Remember(built, memory=memory) if isinstance(memory, int) else built
+
+    def _depth(self) -> Depth | None:
+        """What drives the layers, where they do not simply follow each other."""
+        config, (_, depth) = self.config, self.config.wrapping
+        if depth is None:
+            return None
+        enters = self.position is not None and "enter" in self.position.acts
+        if config.residual is not None or config.sharing is not None or enters:
+            raise LongspanError(
+                "layers that positions leave one by one need residual=None, sharing=None and a "
+                "position that adds nothing between layers."
+            )
+        id_, options = split(depth)
+        require_form(id_, causal=self.causal)
+        offered = sizes_of(config) | {"layers": config.layers}
+        return hub.settled(build_among(id_, offered, options))
 
     def _feed_forward(self) -> FeedForward:
         config = self.config
@@ -240,7 +193,7 @@ class LongspanModel(hub.Pretrained):
 
     @property
     def steps(self) -> bool:
-        return self.causal and steps(self.config)
+        return self.causal and steps_on(self.config)
 
     @hub.can_return_tuple
     def forward(
@@ -294,9 +247,9 @@ class LongspanModel(hub.Pretrained):
         cache = hub.cache_of(past_key_values, batch) if use_cache else hub.StateCache()
         seen = x.new_zeros(batch, dtype=torch.long) if cache.seen is None else cache.seen
         if position_ids is not None and cache.seen is None:
-            _refuse_restarts(position_ids, keep)
+            refuse_restarts(position_ids, keep)
         position = self.position
-        pos = _places(seen, keep, length) if position_ids is None else position_ids
+        pos = places(seen, keep, length) if position_ids is None else position_ids
         pos = pos.expand(batch, length)
         if position is not None and "embed" in position.acts:
             x = position.embed(x, pos)
@@ -316,6 +269,23 @@ class LongspanModel(hub.Pretrained):
                 around,
             )
             hidden += between
+        elif self.depth is not None:
+            if output_hidden_states:
+                raise LongspanError(
+                    "positions leave after layers of their own, and what is between layers is not "
+                    "kept: leave output_hidden_states out."
+                )
+            steps = [
+                step_of(
+                    layer,  # pyright: ignore[reportArgumentType]
+                    keep=keep,
+                    marks=marks,
+                    encoded=encoded,
+                    encoded_keep=encoded_keep,
+                )
+                for layer in self.layers
+            ]
+            x, carried, _ = self.depth(steps, x, cache.states, keep=keep)
         else:
             for n, (layer, state) in enumerate(zip(self.layers, states, strict=True)):
                 if position is not None and "enter" in position.acts:
@@ -412,7 +382,7 @@ class LongspanModel(hub.Pretrained):
         if (wanted or past is not None) and not self.steps:
             form = "has no state to carry" if self.causal else "is bidirectional"
             raise LongspanError(
-                f"this model ({', '.join(dict.fromkeys(_ids(self.config)))}) {form}: "
+                f"this model ({', '.join(dict.fromkeys(ids(self.config)))}) {form}: "
                 "use_cache=False, and no past_key_values."
             )
         if past is not None and not wanted:
@@ -421,11 +391,6 @@ class LongspanModel(hub.Pretrained):
                 "kept. Leave one of the two out."
             )
         return wanted
-
-
-def steps(config: LongspanConfig) -> bool:
-    """Whether every mechanism of a stack carries a state from which to continue."""
-    return all("step" in registry.show(id_).modes for id_ in _ids(config))
 
 
 def initialise(module: nn.Module, config: LongspanConfig) -> None:
@@ -439,26 +404,3 @@ def initialise(module: nn.Module, config: LongspanConfig) -> None:
 def deviation(config: LongspanConfig, inputs: int) -> float:
     """The standard deviation of weights that start for so many inputs, or of tables so wide."""
     return 0.125 / inputs**0.5 if config.initialisation == "scaled" else config.initializer_range
-
-
-def _ids(config: LongspanConfig) -> list[str]:
-    return [split(spec)[0] for spec in config.mixers]
-
-
-def _places(seen: Tensor, keep: Keep | None, length: int) -> Tensor:
-    """Positions that count kept tokens only, from what each row has seen on."""
-    if keep is None:
-        return seen[:, None] + torch.arange(length, device=seen.device)
-    return (seen[:, None] + keep.long().cumsum(1) - 1).clamp(min=0)
-
-
-def _refuse_restarts(position_ids: Tensor, keep: Keep | None) -> None:
-    """Positions that start again within a row are packing, which needs `documents`."""
-    back = position_ids[:, 1:] < position_ids[:, :-1]
-    if keep is not None:
-        back = back & keep[:, 1:] & keep[:, :-1]
-    if bool(back.any()):
-        raise LongspanError(
-            "position_ids start again within a row, as with packed documents, which would see "
-            "each other: give documents (a number per token) instead."
-        )

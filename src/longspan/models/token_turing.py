@@ -115,3 +115,6 @@ class TokenTuringModel(hub.Pretrained):
             loss = (each * seen).sum() / seen.sum().clamp(min=1)
         found = {"loss": loss, "logits": logits, "state": state}
         return ModelOutput({n: t for n, t in found.items() if t is not None})
+
+
+hub.register(TokenTuringConfig, {"AutoModel": TokenTuringModel})

@@ -194,3 +194,13 @@ class TreeForSeq2SeqLM(_Pretrained):
             if bool(ended.all()):
                 break
         return torch.cat(drawn, 1)
+
+
+hub.register(
+    TreeConfig,
+    {
+        "AutoModelForCausalLM": TreeForCausalLM,
+        "AutoModelForSequenceClassification": TreeForSequenceClassification,
+        "AutoModelForSeq2SeqLM": TreeForSeq2SeqLM,
+    },
+)

@@ -306,4 +306,6 @@ class XlnetForLanguageModeling(hub.Pretrained, GenerationMixin):
         )
 
 
-hub.register(XlnetConfig, {"AutoModel": XlnetModel})
+hub.register(
+    XlnetConfig, {"AutoModel": XlnetModel, "AutoModelForCausalLM": XlnetForLanguageModeling}
+)

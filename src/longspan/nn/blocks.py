@@ -99,11 +99,14 @@ class Block(nn.Module):
         *,
         keep: Keep | None = None,
         marks: Marks | None = None,
+        context: Context | None = None,
         encoded: Context | None = None,
         encoded_keep: Keep | None = None,
     ) -> tuple[Inputs, Any]:
+        """`context` is what the mixer attends to in place of x, as it is; `keep` is then of it."""
         pre = self.order == "pre"
-        y, state = self.mixer(self.mixer_norm(x) if pre else x, state, keep=keep, marks=marks)
+        hooks = {"keep": keep, "context": context, "marks": marks}
+        y, state = self.mixer(self.mixer_norm(x) if pre else x, state, **hooks)
         x = joined(self.mixer_residual, x, self.dropout(y))
         x = x if pre else self.mixer_norm(x)
         if self.cross is not None and self.cross_norm is not None:

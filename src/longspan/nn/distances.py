@@ -1,10 +1,17 @@
-"""T5's bias by distance, for earlier keys, at distances given one by one."""
+"""What is trained for each distance: vectors, and T5's bias at distances given one by one."""
 
 import math
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+
+def vectors(
+    rows: int, width: int, *, heads: int, shared: bool, std: float
+) -> Float[nn.Parameter, "_ {rows} {width}"]:
+    """A normally drawn vector for each of so many distances, of each head or one for all."""
+    return nn.Parameter(nn.init.normal_(torch.empty(1 if shared else heads, rows, width), std=std))
 
 
 class DistanceBias(nn.Module):

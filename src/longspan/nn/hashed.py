@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from longspan.engines import bucket
+from longspan.errors import LongspanError
 from longspan.nn.protocols import Attention
 from longspan.shapes import Keep, Keys, Outputs, Queries, Values
 
@@ -28,7 +29,8 @@ class HashedAttention(Attention):
             call, from torch's global generator.
 
     Raises:
-        LongspanError: odd buckets; keys that are not the queries.
+        LongspanError: odd buckets; keys that are not the queries; a state where directions are
+            drawn anew.
 
     Attributes:
         name: what errors call it.
@@ -93,6 +95,11 @@ class HashedAttention(Attention):
         keep: Keep | None = None,
     ) -> tuple[Outputs, bucket.Hashed | None]:
         bucket.check_shared(self.name, q, k)
+        if state is not None and self.redraw and self.training:
+            raise LongspanError(
+                f"{self.name} was built with redraw=True and, in training, got a state, whose keys "
+                "have been hashed by other directions: give whole sequences, or redraw=False."
+            )
         table = bucket.grow(state, q, v, keep, self.directions(q), self.factors)
         if state is not None and q.shape[2] == 1:
             return bucket.step(q, table, own=OWN, unique=self.unique, **self.reach()), table

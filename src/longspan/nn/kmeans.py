@@ -1,5 +1,6 @@
 """Online spherical k-means: centroids of each head that follow the tokens they are nearest to."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -236,7 +237,12 @@ def near(q: Queries, k: Keys, v: Values, keep: Keep | None, *, reach: int, causa
 class RoutedAttention(Attention):
     """Attention whose first heads are `local` and whose others are routed by centroids.
 
+    In a routed head q and k are layer-normalised without gain and bias; causally its keys are its
+    queries. The state is every key and value, and the keys' centroids. Where there are as many
+    queries as keys, the mask is taken to be of both.
+
     Args:
+        causal: by default where it has that form alone.
         clusters: centroids of each routed head. window: tokens a cluster, at least 1.
         local: how many heads, the first, are local; by default half. reach: of theirs.
         decay, sums, seed: of the `Centroids`. commitment: β of `commit`.
@@ -245,17 +251,19 @@ class RoutedAttention(Attention):
         LongspanError: sizes below 1; local heads that are not among the heads.
 
     Attributes:
-        name: what errors call it.
+        name: what errors call it. usual: `window` where none is given; None for as many tokens as
+            make the clusters hold all.
     """
 
     name: ClassVar[str]
+    usual: ClassVar[int | None] = None
 
     def __init__(
         self,
         *,
         heads: int,
         head_width: int,
-        causal: bool = False,
+        causal: bool | None = None,
         clusters: int = 64,
         window: int | None = None,
         local: int | None = None,
@@ -267,6 +275,7 @@ class RoutedAttention(Attention):
     ) -> None:
         super().__init__(causal=causal)
         local = heads // 2 if local is None else local
+        window = self.usual if window is None else window
         if heads < 1 or not 0 <= local <= heads or reach < 0 or (window is not None and window < 1):
             raise LongspanError(
                 f"{self.name} got heads={heads}, local={local}, window={window}, reach={reach}: "
@@ -278,7 +287,56 @@ class RoutedAttention(Attention):
         )
         self.heads, self.width = heads, head_width
 
-    def check(self, q: Queries, k: Keys) -> None:
+    def across(
+        self, x: Tokens, y: Tokens, v: Values, means: Tensor, own: Keep | None, keep: Keep | None
+    ) -> Tensor:
+        """The routed heads of queries x that `own` marks, and keys y; of a bidirectional form."""
+        raise NotImplementedError(f"{type(self).__name__} is causal only.")
+
+    @abstractmethod
+    def along(self, x: Tokens, table: Routed, means: Float[Tensor, "H C D"]) -> Tensor:
+        """The routed heads, causally, of the newest tokens x, which are the last of the table."""
+
+    def forward(
+        self,
+        q: Queries,
+        k: Keys,
+        v: Values,
+        state: Routed | None = None,
+        *,
+        keep: Keep | None = None,
+    ) -> tuple[Outputs, Routed | None]:
+        self._check(q, k)
+        own = keep if q.shape[2] == k.shape[2] else None  # of the queries
+        if keep is not None:
+            k, v = (t.masked_fill(~keep[:, None, :, None], 0) for t in (k, v))
+        if own is not None:
+            q = q.masked_fill(~own[:, None, :, None], 0)
+        near = self.local
+        x = on_sphere(q[:, near:])
+        if not self.causal:
+            y = on_sphere(k[:, near:])
+            means = self.means([x, y], [own, keep])
+            x, y = self._committed(x, means), self._committed(y, means)
+            routed = self.across(x, y, v[:, near:], means, own, keep)
+            return torch.cat([self._nearby(q, k, v, keep), routed], 1), None
+        means = self.means([x], [own])
+        x = self._committed(x, means)
+        seen = q.new_ones(q.shape[0], q.shape[2], dtype=torch.bool) if keep is None else keep
+        keys = torch.cat([k[:, :near], x.to(q.dtype)], 1)
+        table = Routed.grow(state, keys, v, seen, nearest(x, means))
+        local = self._nearby(q, table.k, table.v, table.keep)
+        return torch.cat([local, self.along(x, table, means)], 1), table
+
+    def share(self, x: Tokens, keep: Keep | None) -> Int[Tensor, "B"]:
+        """Tokens of a cluster of each row: `window`, or its kept tokens over the clusters."""
+        count = x.new_full(x.shape[:1], x.shape[2], dtype=torch.long)
+        count = count if keep is None else keep.sum(1)
+        if self.window is not None:
+            return count.clamp(max=self.window)
+        return -(-count // self.means.centroids.shape[1])
+
+    def _check(self, q: Queries, k: Keys) -> None:
         """Refuse inputs of other heads or width than the centroids, and causal earlier keys."""
         if (q.shape[1], q.shape[3]) != (self.heads, self.width):
             raise LongspanError(
@@ -292,12 +350,12 @@ class RoutedAttention(Attention):
                 f"{k.shape[2]} keys: carry earlier tokens in the state."
             )
 
-    def nearby(self, q: Queries, k: Keys, v: Values, keep: Keep | None) -> Tensor:
+    def _nearby(self, q: Queries, k: Keys, v: Values, keep: Keep | None) -> Tensor:
         """The local heads' outputs, of the first heads of q, k and v."""
         q, k, v = (t[:, : self.local] for t in (q, k, v))
         return near(q, k, v, keep, reach=self.reach, causal=self.causal)
 
-    def committed(self, x: Tokens, centroids: Float[Tensor, "H C D"]) -> Tokens:
+    def _committed(self, x: Tokens, centroids: Float[Tensor, "H C D"]) -> Tokens:
         """x; in training with the gradient of the commitment, where it has a weight."""
         return commit(x, centroids, self.beta) if self.training and self.beta else x
 

@@ -1,5 +1,6 @@
 """Position ids and the sinusoids that several positions are made of."""
 
+import math
 from typing import Literal
 
 import torch
@@ -7,12 +8,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from longspan.errors import LongspanError
-from longspan.nn.protocols import Act
+from longspan.nn.protocols import Position
 from longspan.shapes import Keys, Queries
 
 Layout = Literal["interleaved", "concatenated"]
 Spacing = Literal["paper", "inclusive"]
-Into = Literal["embeddings", "queries-and-keys"]
 
 
 def positions_from(
@@ -30,23 +30,6 @@ def positions_from(
     return (count - 1).clamp(min=0)
 
 
-def consecutive(start: int, like: Float[Tensor, "B L E"]) -> Int[Tensor, "1 L"]:
-    """start, start + 1, … for the tokens of `like`."""
-    return torch.arange(start, start + like.shape[1], device=like.device)[None]
-
-
-def acts_into(into: Into) -> frozenset[Act]:
-    """How a position that is added acts.
-
-    Raises:
-        LongspanError: added to anything else.
-    """
-    acts: dict[str, Act] = {"embeddings": "embed", "queries-and-keys": "infuse"}
-    if into not in acts:
-        raise LongspanError(f"into is '{into}'; expected {' or '.join(acts)}.")
-    return frozenset({acts[into]})
-
-
 def one_sequence(name: str, q: Queries, k: Keys) -> None:
     """Refuse other keys than those of the queries' own sequence, whose distances mean nothing."""
     if q.shape[2] != k.shape[2]:
@@ -54,6 +37,24 @@ def one_sequence(name: str, q: Queries, k: Keys) -> None:
             f"{name} attends within one sequence and got {q.shape[2]} queries for {k.shape[2]} "
             "keys, between which there is no distance: it has no cross form."
         )
+
+
+class WithinReach(Position):
+    """Another position's bias, and −inf from `reach` tokens back on.
+
+    Args:
+        reach, reach_eval: in training and in evaluation.
+    """
+
+    acts = frozenset({"bias"})
+
+    def __init__(self, position: Position, reach: int, reach_eval: int) -> None:
+        super().__init__()
+        self.position, self.reach, self.reach_eval = position, reach, reach_eval
+
+    def bias(self, q: Tensor, k: Tensor, pos_q: Tensor, pos_k: Tensor) -> Tensor:
+        far = pos_q[:, None] - pos_k >= (self.reach if self.training else self.reach_eval)
+        return self.position.bias(q, k, pos_q, pos_k).masked_fill(far, -math.inf)
 
 
 def raster(pos: Int[Tensor, "*shape"], columns: int) -> Int[Tensor, "*shape 2"]:

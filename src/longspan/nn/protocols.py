@@ -39,6 +39,7 @@ class Attention(nn.Module, ABC):
         takes_marks: `forward` has a `marks` argument, a bool mask of tokens singled out by the
             caller (Longformer's global tokens).
         grouped: accepts fewer key-value heads than query heads as they are.
+        one_form: the only value of `causal` it can be built with, and what to do for the other.
     """
 
     shared: ClassVar[bool] = False
@@ -48,10 +49,15 @@ class Attention(nn.Module, ABC):
     takes_turns: bool = False
     takes_marks: ClassVar[bool] = False
     grouped: ClassVar[bool] = False
+    one_form: ClassVar[tuple[bool, str] | None] = None
 
-    def __init__(self, *, causal: bool = False) -> None:
+    def __init__(self, *, causal: bool | None = None) -> None:
         super().__init__()
-        self.causal = causal
+        only, instead = self.one_form or (None, "")
+        self.causal = bool(only) if causal is None else causal
+        if only is not None and self.causal != only:
+            form = "is causal only" if only else "has no causal form"
+            raise LongspanError(f"{type(self).__name__} {form}: {instead}.")
         self.register_forward_pre_hook(_check_attention, with_kwargs=True)
 
     @abstractmethod

@@ -23,9 +23,9 @@ class TiledAttention(Attention):
         self,
         *,
         causal: bool,
-        dropout: float,
-        scale: float | None,
-        generator: torch.Generator | None,
+        dropout: float = 0.0,
+        scale: float | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(causal=causal)
         self.dropout, self.scale, self.generator = dropout, scale, generator

@@ -1,7 +1,7 @@
-"""Mixers of one sequence that carry nothing."""
+"""Mixers of one sequence whose tokens are all alike."""
 
 from abc import abstractmethod
-from typing import ClassVar
+from typing import Any
 
 from longspan.errors import LongspanError
 from longspan.nn.protocols import Mixer
@@ -9,30 +9,42 @@ from longspan.shapes import Context, Inputs, Keep, Marks
 
 
 class Within(Mixer):
-    """x → y within one sequence, without a state.
+    """x, state → y, state within one sequence.
 
     Raises:
-        LongspanError: a context or marks.
+        LongspanError: a context or marks; a state where it is not causal.
 
     Attributes:
-        refusal: what the error says.
+        causal: it carries a state.
     """
 
-    refusal: ClassVar[str]
+    causal: bool = False
 
     @abstractmethod
-    def mix(self, x: Inputs, keep: Keep | None) -> Inputs:
-        """y, 0 where masked; masked positions of x may hold anything."""
+    def mix(self, x: Inputs, state: Any, keep: Keep | None) -> tuple[Inputs, Any]:
+        """(y, state); x is 0 where masked, and y is made so."""
 
     def forward(
         self,
         x: Inputs,
-        state: None = None,
+        state: Any = None,
         *,
         keep: Keep | None = None,
         context: Context | None = None,
         marks: Marks | None = None,
-    ) -> tuple[Inputs, None]:
+    ) -> tuple[Inputs, Any]:
+        name = type(self).__name__
         if context is not None or marks is not None:
-            raise LongspanError(self.refusal)
-        return self.mix(x, keep), None
+            raise LongspanError(
+                f"{name} mixes one sequence, all of its tokens alike, and got a context or marks: "
+                "leave them out, or use an attention in a MultiHead (longspan.find(mode='cross'))."
+            )
+        if state is not None and not self.causal:
+            raise LongspanError(
+                f"{name} got a state, but only a causal form has one: build it causal=True."
+            )
+        if keep is None:
+            return self.mix(x, state, None)
+        hidden = ~keep[..., None]
+        y, state = self.mix(x.masked_fill(hidden, 0), state, keep)
+        return y.masked_fill(hidden, 0), state

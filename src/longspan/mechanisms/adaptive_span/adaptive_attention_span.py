@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from longspan.card import Card
 from longspan.engines import span as spans
 from longspan.errors import LongspanError
-from longspan.nn import Attention
-from longspan.nn.auxiliary import report
+from longspan.nn.spanned import SpanAttention
 from longspan.registry import mechanism
 from longspan.shapes import Keep, Keys, Outputs, Queries, Values
 
@@ -41,7 +40,7 @@ class Usage(NamedTuple):
         tiny={"heads": 3, "head_width": 8, "span": 96, "ramp": 8.0, "start": 0.1},
     )
 )
-class AdaptiveAttentionSpan(Attention):
+class AdaptiveAttentionSpan(SpanAttention):
     """a_ij = m_z(i − j) exp(s_ij) / Σ m_z(i − j') exp(s_ij') over the S keys before i (Sec. 2.2)
 
         s_ij = q_i·(k_j + p_{i−j}) / √D,   m_z(x) = clip((R + z − x) / R, 0, 1),   z = S · ratio
@@ -77,18 +76,19 @@ class AdaptiveAttentionSpan(Attention):
         relative: bool = True,
         dropout: float = 0.0,
     ) -> None:
-        super().__init__(causal=causal)
-        if not causal:
-            raise LongspanError("adaptive-attention-span sees the past only: build it causal=True.")
-        if span < 1 or ramp < 1 or not 0 <= start <= 1:
-            raise LongspanError(
-                f"adaptive-attention-span got span={span}, ramp={ramp}, start={start}; expected a "
-                "span and a ramp of at least 1 and a start from 0 to 1."
-            )
-        self.span, self.ramp, self.cost, self.dropout = span, ramp, cost, dropout
-        self.near = 0 if itself else 1
+        super().__init__(
+            causal=causal,
+            head_width=head_width,
+            span=span,
+            ramp=ramp,
+            cost=cost,
+            itself=itself,
+            relative=relative,
+            dropout=dropout,
+        )
+        if not 0 <= start <= 1:
+            raise LongspanError(f"spans got start={start}; expected a share from 0 to 1.")
         self.ratio = nn.Parameter(torch.full((heads if each == "head" else 1,), float(start)))
-        self.table = nn.Parameter(torch.randn(span, head_width)) if relative else None
         self.sizes = heads, head_width
 
     @property
@@ -133,18 +133,6 @@ class AdaptiveAttentionSpan(Attention):
     ) -> tuple[Outputs, spans.Recent]:
         if self.training:
             self.clamp()
-            report(self, "span", self.cost * self.z.mean())
-        return spans.attend(
-            q,
-            k,
-            v,
-            self.z[:, None],
-            state,
-            keep=keep,
-            table=self.table,
-            ramp=self.ramp,
-            most=self.span,
-            near=self.near,
-            slack=spans.GRAIN if self.training else 0,
-            dropout=self.dropout if self.training else 0.0,
-        )
+            self.pays(self.z.mean())
+        slack = spans.GRAIN if self.training else 0
+        return self.reaching(q, k, v, self.z[:, None], state, keep, slack=slack)

@@ -2,76 +2,38 @@
 
 from typing import Literal
 
-import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from longspan.card import Card
-from longspan.engines import span as spans
-from longspan.errors import LongspanError
-from longspan.nn import Attention, MultiHead
-from longspan.nn.auxiliary import report
+from longspan.engines.span import Recent
+from longspan.nn import MultiHead
+from longspan.nn.spanned import SpanAttention
 from longspan.registry import mechanism
 from longspan.shapes import Inputs, Keep, Keys, Outputs, Queries, Values
 
 
-class Asked(Attention):
-    """Attention over the span that each query asks for.
-
-        a_ij = m_z(i − j) exp(s_ij) / Σ m_z(i − j') exp(s_ij'),   z_i = S σ(asked_i)
-
-    Args:
-        cost: of a token of the mean span.
-    """
+class Asked(SpanAttention):
+    """Attention over the span that each query asks for, z_i = S σ(asked_i)."""
 
     extra: dict[str, Literal["q", "k", "v"]] = {"query_span": "q"}  # noqa: RUF012
-
-    def __init__(
-        self,
-        *,
-        head_width: int,
-        span: int,
-        ramp: float,
-        cost: float,
-        near: int,
-        relative: bool,
-        dropout: float,
-    ) -> None:
-        super().__init__(causal=True)
-        self.span, self.ramp, self.cost, self.near = span, ramp, cost, near
-        self.table = nn.Parameter(torch.randn(span, head_width)) if relative else None
-        self.dropout = dropout
 
     def forward(
         self,
         q: Queries,
         k: Keys,
         v: Values,
-        state: spans.Recent | None = None,
+        state: Recent | None = None,
         *,
         keep: Keep | None = None,
         query_span: Float[Tensor, "B H L 1"],
-    ) -> tuple[Outputs, spans.Recent]:
+    ) -> tuple[Outputs, Recent]:
         z = self.span * query_span[..., 0].sigmoid()
         if self.training:
             kept = z.new_ones(len(z), z.shape[2]) if keep is None else keep.to(z.dtype)
-            mean = (z.mean(1) * kept).sum() / kept.sum().clamp(min=1)
-            report(self, "span", self.cost * mean)
-        return spans.attend(
-            q,
-            k,
-            v,
-            z,
-            state,
-            keep=keep,
-            table=self.table,
-            ramp=self.ramp,
-            most=self.span,
-            near=self.near,
-            slack=self.span,  # the next token may ask for all
-            dropout=self.dropout if self.training else 0.0,
-        )
+            self.pays((z.mean(1) * kept).sum() / kept.sum().clamp(min=1))
+        # The next token may ask for all.
+        return self.reaching(q, k, v, z, state, keep, slack=self.span)
 
 
 @mechanism(
@@ -97,11 +59,7 @@ class DynamicAttentionSpan(MultiHead):
     keys a block of queries meets those that its widest span reaches. In training the loss grows by
     λ · the mean z_t of tokens and heads. The state holds S keys: any token may ask for all.
 
-    Args:
-        span: S. ramp: R. start: b. cost: λ.
-        itself: count the query's own key among the S.
-        relative: have p, learned, one for all heads.
-        dropout: of the weights, in training.
+    Args: those of adaptive-attention-span; start: b.
 
     Raises:
         LongspanError: a span or ramp below 1.
@@ -121,28 +79,21 @@ class DynamicAttentionSpan(MultiHead):
         relative: bool = True,
         dropout: float = 0.0,
     ) -> None:
-        if span < 1 or ramp < 1:
-            raise LongspanError(
-                f"dynamic-attention-span got span={span} and ramp={ramp}; expected at least 1."
-            )
         attention = Asked(
             head_width=head_width or width // heads,
             span=span,
             ramp=ramp,
             cost=cost,
-            near=0 if itself else 1,
+            itself=itself,
             relative=relative,
             dropout=dropout,
         )
         super().__init__(attention, width=width, heads=heads, head_width=head_width)
-        asked = nn.Linear(width, heads)
+        self.span, asked = span, nn.Linear(width, heads)
         nn.init.zeros_(asked.weight)
         nn.init.constant_(asked.bias, start)
         self.project["query_span"] = asked
 
     def spans(self, x: Inputs) -> Float[Tensor, "B H L"]:
         """z_t of each head and token, for inspection."""
-        assert isinstance(self.attention, Asked)
-        return self.attention.span * rearrange(
-            self.project["query_span"](x).sigmoid(), "B L H -> B H L"
-        )
+        return self.span * self.project["query_span"](x).sigmoid().mT

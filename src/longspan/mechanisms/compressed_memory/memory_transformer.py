@@ -8,77 +8,12 @@ from torch import Tensor, nn
 
 from longspan.card import Card
 from longspan.errors import LongspanError
-from longspan.nn import FeedForward, MultiHead
+from longspan.nn import Block, FeedForward, MultiHead
 from longspan.registry import build, mechanism
 from longspan.shapes import Inputs, Keep
 
 Variant = Literal["transformer", "control", "bottleneck"]
 Slots = Float[Tensor, "B M E"]
-FEED_FORWARD: Literal["relu"] = "relu"
-
-
-class SubLayers(nn.Module):
-    """H = LN(X + MultiHead(X, context)), X' = LN(H + FFN(H))."""
-
-    def __init__(
-        self, *, width: int, heads: int, inner: int | None, dropout: float, feeds: bool
-    ) -> None:
-        super().__init__()
-        self.mixer = MultiHead(build("multi-head-attention"), width=width, heads=heads)
-        self.mixer_norm = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(dropout)
-        self.feed_forward = self.feed_forward_norm = None
-        if feeds:
-            self.feed_forward = FeedForward(
-                width, inner=inner, activation=FEED_FORWARD, dropout=dropout
-            )
-            self.feed_forward_norm = nn.LayerNorm(width)
-
-    def forward(self, x: Inputs, context: Float[Tensor, "B S E"], keep: Keep | None) -> Inputs:
-        x = self.mixer_norm(x + self.dropout(self.mixer(x, context=context, keep=keep)[0]))
-        if self.feed_forward is None or self.feed_forward_norm is None:
-            return x
-        return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
-
-
-class MemoryLayer(nn.Module):
-    """One layer of memory and sequence, each with what its variant lets it read (Fig. 1).
-
-    transformer: both read [M ; X] through the same sub-layers. control: through sub-layers of
-    their own. bottleneck: M reads [M ; X], then X reads the updated M alone.
-    """
-
-    def __init__(
-        self,
-        *,
-        width: int,
-        heads: int,
-        variant: Variant = "transformer",
-        inner: int | None = None,
-        dropout: float = 0.0,
-        feeds: bool = True,
-    ) -> None:
-        super().__init__()
-        self.variant = variant
-        sizes = {"width": width, "heads": heads, "inner": inner, "dropout": dropout, "feeds": feeds}
-        self.of_tokens = SubLayers(**sizes)
-        self.of_memory = None if variant == "transformer" else SubLayers(**sizes)
-
-    def forward(
-        self, x: Inputs, memory: Slots, *, keep: Keep | None = None
-    ) -> tuple[Inputs, Slots]:
-        """`keep` is of x; memory is never masked."""
-        slots = memory.shape[1]
-        whole = torch.cat([memory, x], 1)
-        if keep is not None:
-            keep = torch.cat([keep.new_ones(len(keep), slots), keep], 1)
-        if self.of_memory is None:
-            whole = self.of_tokens(whole, whole, keep)
-            return whole[:, slots:], whole[:, :slots]
-        updated = self.of_memory(memory, whole, keep) if slots else memory
-        if self.variant == "control":
-            return self.of_tokens(x, whole, keep), updated
-        return self.of_tokens(x, updated, None), updated
 
 
 @mechanism(
@@ -98,10 +33,12 @@ class MemoryLayer(nn.Module):
     )
 )
 class MemoryEncoder(nn.Module):
-    """m learned vectors and the sequence through the layers: (X, M), apart (Sec. 3).
+    """m learned vectors M and the sequence X through post-norm layers: (X, M), apart (Fig. 1).
 
-    Positions are the caller's, added to x alone. Masked outputs are 0. The bottleneck costs
-    O((L m + m²) E) and needs a slot.
+    transformer: both read [M ; X] through the same sub-layers. control: through sub-layers of
+    their own. bottleneck: M reads [M ; X], then X reads the updated M alone, which costs
+    O((L m + m²) E) and needs a slot. Positions are the caller's, added to x alone. Masked outputs
+    are 0.
 
     Args:
         slots: m. variant: `transformer`, `control` or `bottleneck`.
@@ -129,18 +66,34 @@ class MemoryEncoder(nn.Module):
                 f"memory-transformer got variant={variant!r}, slots={slots}: expected one of "
                 f"{', '.join(get_args(Variant))}, and 0 slots or more, 1 or more in a bottleneck."
             )
+        self.variant = variant
         self.slots = nn.Parameter(torch.randn(slots, width) * 0.02) if slots else None
+
+        def block() -> Block:
+            mixer = MultiHead(build("multi-head-attention"), width=width, heads=heads)
+            feed = {"inner": inner, "activation": "relu", "dropout": dropout}
+            feed_forward = FeedForward(width, **feed) if feeds else None
+            return Block(mixer, feed_forward, width=width, order="post", dropout=dropout)
+
+        names = ("of_tokens",) if variant == "transformer" else ("of_tokens", "of_memory")
         self.layers = nn.ModuleList(
-            MemoryLayer(
-                width=width, heads=heads, variant=variant, inner=inner, dropout=dropout, feeds=feeds
-            )
-            for _ in range(layers)
+            nn.ModuleDict({n: block() for n in names}) for _ in range(layers)
         )
 
     def forward(self, x: Inputs, *, keep: Keep | None = None) -> tuple[Inputs, Slots]:
         memory = x[:, :0] if self.slots is None else self.slots.expand(len(x), -1, -1)
+        count, hidden = memory.shape[1], None if keep is None else ~keep[..., None]
         if keep is not None:
             x = x.masked_fill(~keep[..., None], 0)
+            keep = torch.cat([keep.new_ones(len(keep), count), keep], 1)
         for layer in self.layers:
-            x, memory = layer(x, memory, keep=keep)
-        return x if keep is None else x.masked_fill(~keep[..., None], 0), memory
+            whole = torch.cat([memory, x], 1)
+            if self.variant == "transformer":
+                whole, _ = layer.get_submodule("of_tokens")(whole, context=whole, keep=keep)
+                memory, x = whole[:, :count], whole[:, count:]
+                continue
+            if count:
+                memory, _ = layer.get_submodule("of_memory")(memory, context=whole, keep=keep)
+            read = (memory, None) if self.variant == "bottleneck" else (whole, keep)
+            x, _ = layer.get_submodule("of_tokens")(x, context=read[0], keep=read[1])
+        return x if hidden is None else x.masked_fill(hidden, 0), memory

@@ -1,25 +1,18 @@
 """Lightweight and dynamic convolutions (Wu et al., 2019)."""
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from longspan.card import Card
 from longspan.engines import conv
 from longspan.errors import LongspanError
-from longspan.nn import Mixer
+from longspan.nn.short import Last, around, normalised
+from longspan.nn.within import Within
 from longspan.registry import mechanism
-from longspan.shapes import Context, Inputs, Keep, Marks
-
-
-class ConvState(NamedTuple):
-    """The last K − 1 inputs of the convolution, and which of them were tokens."""
-
-    inputs: Float[Tensor, "B P E"]
-    seen: Bool[Tensor, "B P"]
+from longspan.shapes import Inputs, Keep
 
 
 @mechanism(
@@ -38,27 +31,22 @@ class ConvState(NamedTuple):
         tiny={"width": 24, "heads": 3, "window": 7},
     )
 )
-class LightweightDynamicConv(Mixer):
+class LightweightDynamicConv(Within):
     """y = W_o conv(u), u = GLU(W_i x), with K taps per head, normalised (Sec. 3 and 4):
 
         conv(u)_ic = Σ_j softmax_j(W_h) u_{i + j − ⌈(K+1)/2⌉, c}                     (light)
 
     and W_h = W_h^Q u_i from the convolution's own input (dynamic). Heads own adjacent channels.
-    Causally the last tap is the token itself; centred, an even K reaches one further to the left.
-    A masked token is an input of 0; time passes. The state is the last K − 1 inputs.
+    Centred, an even K reaches one further left. A masked token is an input of 0; time passes.
 
     Args:
-        window: K; the paper's layers grow from 3 over 7 and 15 to 31.
-        normalise: softmax over the taps.
-        renormalise: softmax over those taps only that meet a token; otherwise taps beyond the
-            borders keep their share, as in the paper.
-        drop_connect: dropout on the normalised taps.
-        bias: a learned constant per channel, added to the convolution.
+        window: K, in the paper 3, 7, 15 and 31 by layer; the state is the last K − 1 inputs.
+        normalise: softmax over the taps. renormalise: over those taps only that meet a token;
+            otherwise taps beyond the borders keep their share, as in the paper.
+        bias: of each channel, learned. drop_connect: dropout on the normalised taps.
 
     Raises:
-        LongspanError: a form that does not exist, a width that heads do not divide, a window of
-            no tap, renormalising what is not normalised, a context, marks, a state where there
-            is none to carry.
+        LongspanError: options that do not exist or fit; a context, marks, an unwanted state.
     """
 
     def __init__(
@@ -95,49 +83,17 @@ class LightweightDynamicConv(Mixer):
             self.taps = nn.Parameter(nn.init.xavier_uniform_(torch.empty(heads, window)))
         self.bias = nn.Parameter(torch.zeros(width)) if bias else None
 
-    def forward(
-        self,
-        x: Inputs,
-        state: ConvState | None = None,
-        *,
-        keep: Keep | None = None,
-        context: Context | None = None,
-        marks: Marks | None = None,
-    ) -> tuple[Inputs, ConvState | None]:
-        if context is not None or marks is not None:
-            raise LongspanError(
-                "a convolution mixes one sequence, all of its tokens alike, and got a context or "
-                "marks: leave them out, or use an attention (longspan.find(mode='cross'))."
-            )
-        if state is not None and not self.causal:
-            raise LongspanError("got a state, but only the causal form has one: causal=True.")
-        seen = x.new_ones(x.shape[:2], dtype=torch.bool) if keep is None else keep
-        u = F.glu(self.input(x.masked_fill(~seen[..., None], 0)), dim=-1)
-        u = u if keep is None else u.masked_fill(~keep[..., None], 0)
+    def mix(self, x: Inputs, state: Last | None, keep: Keep | None) -> tuple[Inputs, Last | None]:
+        u = F.glu(self.input(x), dim=-1)
+        near, seen, state = around(u, keep, state, taps=self.window, causal=self.causal)
         taps = self.taps if self.predict is None else self.predict(u)
-        before = self.window - 1 if self.causal else self.window // 2
-        if state is None:
-            u, seen = (F.pad(u, (0, 0, before, 0)), F.pad(seen, (before, 0)))
-        else:
-            u = torch.cat([state.inputs.to(u.dtype), u], 1)
-            seen = torch.cat([state.seen, seen], 1)
-        if after := self.window - 1 - before:
-            u, seen = F.pad(u, (0, 0, 0, after)), F.pad(seen, (0, after))
-        assert taps is not None
-        y = conv.short(u, self._weights(taps, seen))
-        y = self.output(y if self.bias is None else y + self.bias)
-        y = y if keep is None else y.masked_fill(~keep[..., None], 0)
-        start = x.shape[1]
-        return y, ConvState(u[:, start:], seen[:, start:]) if self.causal else None
+        assert taps is not None  # H K, or B L (H K)
+        y = conv.short(near, self._weights(taps, seen))
+        return self.output(y if self.bias is None else y + self.bias), state
 
     def _weights(self, taps: Tensor, seen: Tensor) -> Tensor:
-        """H K or B L H K from what was learned or predicted."""
-        scores = taps.unflatten(-1, (-1, self.window)) if self.predict is not None else taps
+        scores = taps if self.predict is None else taps.unflatten(-1, (-1, self.window))
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        if self.renormalise:
-            outside = ~seen.unfold(1, self.window, 1)[:, :, None]  # B L 1 K
-            least = torch.finfo(scores.dtype).min
-            weights = scores.masked_fill(outside, least).softmax(-1).masked_fill(outside, 0)
-        else:
-            weights = scores.softmax(-1) if self.normalise else scores
-        return F.dropout(weights, self.drop_connect, self.training)
+        if self.normalise:
+            scores = normalised(scores, seen if self.renormalise else None)
+        return F.dropout(scores, self.drop_connect, self.training)

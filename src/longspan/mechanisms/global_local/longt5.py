@@ -86,8 +86,6 @@ class LongT5(Within):
         buckets, distance: of both biases, b and b'.
     """
 
-    refusal = "longt5 attends within one sequence: no context, no marks."
-
     def __init__(
         self,
         *,
@@ -120,17 +118,15 @@ class LongT5(Within):
         """Take the biases of the first layer, as all layers of a T5 do."""
         self.near, self.far = first.near, first.far
 
-    def mix(self, x: Inputs, keep: Keep | None) -> Inputs:
+    def mix(self, x: Inputs, state: None, keep: Keep | None) -> tuple[Inputs, None]:
         order = None
         if keep is not None:
             # Kept tokens first: windows and blocks count these alone.
             order = (~keep).to(torch.uint8).argsort(dim=1, stable=True)[..., None].expand_as(x)
-            x = x.masked_fill(~keep[..., None], 0).gather(1, order)
+            x = x.gather(1, order)
             keep = torch.arange(x.shape[1], device=x.device) < keep.sum(1, keepdim=True)
         y = self.output(rearrange(self._attend(x, keep), "B H L D -> B L (H D)"))
-        if order is None or keep is None:
-            return y
-        return torch.zeros_like(y).scatter(1, order, y.masked_fill(~keep[..., None], 0))
+        return y if order is None else torch.zeros_like(y).scatter(1, order, y), None
 
     def _attend(self, x: Tensor, keep: Keep | None) -> Tensor:
         def heads(name: str, of: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from longspan.errors import LongspanError
 from longspan.nn import Mixer
 from longspan.nn.blockwise import alone
 from longspan.nn.positions import at_least_float32, sinusoid
+from longspan.nn.within import Within
 from longspan.registry import mechanism
 from longspan.shapes import Context, Inputs, Keep, Marks
 
@@ -58,7 +59,7 @@ class LongShort(Mixer):
         return rearrange(lowrank.pooled(weights, self.split(x)).to(x.dtype), "B H M D -> B M (H D)")
 
 
-class Bidirectional(LongShort):
+class Bidirectional(LongShort, Within):
     """Windows and summaries of sequences and images, with global tokens before them."""
 
     def __init__(
@@ -91,25 +92,9 @@ class Bidirectional(LongShort):
             self.table = nn.Parameter(torch.empty(heads, side, side))
             nn.init.trunc_normal_(self.table, std=0.02)
 
-    def forward(
-        self,
-        x: Inputs,
-        state: None = None,
-        *,
-        keep: Keep | None = None,
-        context: Context | None = None,
-        marks: Marks | None = None,
-    ) -> tuple[Inputs, None]:
-        if state is not None or context is not None or marks is not None:
-            raise LongspanError(
-                "transformer-ls attends within one sequence, and carries a state only where "
-                "causal: leave state, context and marks out; its first `hubs` tokens are global."
-            )
-        if keep is None:
-            return self.output(self._attend(x, None)), None
-        if self.columns is not None:
-            o = self._attend(x.masked_fill(~keep[..., None], 0), keep)
-            return self.output(o).masked_fill(~keep[..., None], 0), None
+    def mix(self, x: Inputs, state: None, keep: Keep | None) -> tuple[Inputs, None]:
+        if keep is None or self.columns is not None:
+            return self.output(self._attend(x, keep)), None
         # Segments begin at a row's first token: each row stands alone.
         y = torch.zeros_like(x)
         for row, kept in enumerate(keep):

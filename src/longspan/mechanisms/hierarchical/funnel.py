@@ -1,6 +1,6 @@
 """Funnel-Transformer (Dai et al., 2020): strided pooling with the first token kept apart."""
 
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -8,13 +8,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from longspan.card import Card
-from longspan.engines import pool
 from longspan.errors import LongspanError
 from longspan.nn.lengths import Length, Shorter, ShorterKeep
+from longspan.nn.pooled import Pooling, pooled
 from longspan.registry import mechanism
 from longspan.shapes import Inputs, Keep
-
-Pooling = Literal["mean", "max"]
 
 
 class Plan(NamedTuple):
@@ -69,31 +67,18 @@ class Funnel(Length):
         truncate: bool = True,
     ) -> None:
         super().__init__(factor=factor, causal=False)
-        if factor < 1 or pooling not in get_args(Pooling):
-            raise LongspanError(
-                f"funnel got factor={factor}, pooling={pooling!r}: expected at least 1, and "
-                f"{' or '.join(get_args(Pooling))}."
-            )
-        self.pooling, self.apart, self.truncate = pooling, apart, truncate
+        if pooling not in ("mean", "max"):
+            raise LongspanError(f"no pooling '{pooling}'; expected mean or max.")
+        self.pooling: Pooling = pooling
+        self.apart, self.truncate = apart, truncate
 
     def shorten(
         self, x: Inputs, state: None = None, *, keep: Keep | None = None
     ) -> tuple[Shorter, ShorterKeep | None, Plan]:
         if keep is not None:
             x = x.masked_fill(~keep[..., None], 0)
-        batch, length, _ = x.shape
-        index = self.picks(length, x.device)
-        real = (index < length)[..., None]  # N C 1
-        found = pool.rows(x, index.expand(batch, -1, -1))
-        if self.pooling == "max":
-            y = found.masked_fill(~real, -torch.inf).amax(2)
-        else:
-            y = (found * real).sum(2) / real.sum(1)
-        if keep is None:
-            return y, None, Plan(None, None)
-        has = pool.rows(keep, index.expand(batch, -1, -1)) | ~real[..., 0]
-        has = has.all(2)
-        return y.masked_fill(~has[..., None], 0), has, Plan(has, keep)
+        y, has = pooled(x, self.picks(x.shape[1], x.device), keep, how=self.pooling)
+        return y, has, Plan(has, keep)
 
     def picks(self, length: int, device: torch.device) -> Int[Tensor, "N C"]:
         """The tokens of each group; those of the last may lie behind the end."""
@@ -109,7 +94,6 @@ class Funnel(Length):
         if plan.groups is not None:
             y = y.masked_fill(~plan.groups[..., None], 0)
         head = min(int(self.apart), y.shape[1])
-        u = y[:, head:].repeat_interleave(self.factor, 1)
-        u = torch.cat([y[:, :head], u], 1)[:, : x.shape[1]]
-        u = F.pad(u, (0, 0, 0, x.shape[1] - u.shape[1]))
+        u = torch.cat([y[:, :head], y[:, head:].repeat_interleave(self.factor, 1)], 1)
+        u = F.pad(u, (0, 0, 0, x.shape[1] - u.shape[1]))  # or cuts
         return u if plan.keep is None else u.masked_fill(~plan.keep[..., None], 0), None

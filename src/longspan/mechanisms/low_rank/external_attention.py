@@ -45,8 +45,6 @@ class ExternalAttention(Within):
         LongspanError: widths that do not divide, a context or marks.
     """
 
-    refusal = "external-attention attends to its memories alone: leave context and marks out."
-
     def __init__(
         self,
         *,
@@ -76,13 +74,10 @@ class ExternalAttention(Within):
         for memory, outputs in ((self.keys, slots), (self.values, inner // heads)):
             nn.init.normal_(memory, std=(2 / outputs) ** 0.5)  # by fan-out, as the official code
 
-    def mix(self, x: Inputs, keep: Keep | None) -> Inputs:
-        if keep is not None:
-            x = x.masked_fill(~keep[..., None], 0)
+    def mix(self, x: Inputs, state: None, keep: Keep | None) -> tuple[Inputs, None]:
         f = rearrange(self.query(x), "B L (H D) -> B H L D", H=self.heads)
         weights = self.weights(f @ self.keys.mT, keep)
-        y = self.output(rearrange(weights @ self.values, "B H L D -> B L (H D)"))
-        return y if keep is None else y.masked_fill(~keep[..., None], 0)
+        return self.output(rearrange(weights @ self.values, "B H L D -> B L (H D)")), None
 
     def weights(
         self, scores: Float[Tensor, "B H L M"], keep: Keep | None = None

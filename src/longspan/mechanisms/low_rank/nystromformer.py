@@ -3,14 +3,14 @@
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from longspan.card import Card
 from longspan.engines import dense, lowrank
 from longspan.errors import LongspanError
-from longspan.nn import Attention
+from longspan.nn.values import ValueConvolution
 from longspan.registry import mechanism
-from longspan.shapes import Keep, Keys, Outputs, Queries, Values
+from longspan.shapes import Keep
 
 Inverse = Literal["iterative", "iterative-together", "exact"]
 
@@ -33,7 +33,7 @@ Inverse = Literal["iterative", "iterative-together", "exact"]
         exact={"landmarks": 64},
     )
 )
-class Nystromformer(Attention):
+class Nystromformer(ValueConvolution):
     """o = F A⁺ (B v) + conv(v), F = softmax(q k̃ᵀ), A = softmax(q̃ k̃ᵀ), B = softmax(q̃ kᵀ) (Eq. 13).
 
     q̃ and k̃ are the means of M contiguous segments of queries and keys, all scores divided by √D.
@@ -43,17 +43,16 @@ class Nystromformer(Attention):
 
     Args:
         landmarks: M.
-        kernel: odd width of the convolution over each head's values, with a kernel a head; None
-            for no convolution.
-        heads: needed for the convolution.
+        kernel: odd width of the convolution of values, a kernel a head (needs `heads`), or None.
         steps: of the iteration for A⁺ (Sec. 3.3).
         inverse: `iterative`, `iterative-together` (one starting scale for the whole batch, as in
             the first release: rows then depend on each other), or `exact`.
 
     Raises:
-        LongspanError: a causal form, which segment means rule out; options that do not exist or
-            fit; another number of heads.
+        LongspanError: a causal form; options that do not exist or fit; another number of heads.
     """
+
+    one_form = (False, "it averages later tokens; longspan.find(mode='causal') lists others")
 
     def __init__(
         self,
@@ -65,49 +64,16 @@ class Nystromformer(Attention):
         steps: int = 6,
         inverse: Inverse = "iterative",
     ) -> None:
-        super().__init__(causal=causal)
-        if causal:
-            raise LongspanError(
-                "nystromformer averages later tokens too and has no causal form: use another "
-                'mechanism; longspan.find(mode="causal") lists them.'
-            )
+        super().__init__(causal=causal, kernel=kernel, heads=heads)
         if inverse not in get_args(Inverse):
-            raise LongspanError(
-                f"nystromformer has no inverse '{inverse}'; expected "
-                f"{', '.join(get_args(Inverse))}."
-            )
+            raise LongspanError(f"no inverse '{inverse}'; expected {', '.join(get_args(Inverse))}.")
         if landmarks < 1 or steps < 1:
             raise LongspanError(
                 f"nystromformer got landmarks={landmarks}, steps={steps}: expected 1 or more."
             )
-        if kernel is not None and (heads is None or kernel % 2 == 0):
-            raise LongspanError(
-                f"nystromformer got kernel={kernel}, heads={heads}: its convolution needs an odd "
-                "kernel and the number of heads."
-            )
         self.landmarks, self.steps, self.inverse = landmarks, steps, inverse
-        self.weight = None
-        if kernel is not None and heads is not None:
-            self.weight = nn.Parameter(torch.empty(heads, kernel))
-            nn.init.uniform_(self.weight, -(kernel**-0.5), kernel**-0.5)  # as nn.Conv2d does
 
-    def forward(
-        self, q: Queries, k: Keys, v: Values, state: None = None, *, keep: Keep | None = None
-    ) -> tuple[Outputs, None]:
-        if keep is not None:
-            k, v = (t.masked_fill(~keep[:, None, :, None], 0) for t in (k, v))
-        o = self._attend(q, k, v, keep)
-        if self.weight is not None:
-            if q.shape[2] != k.shape[2] or q.shape[1] != self.weight.shape[0]:
-                raise LongspanError(
-                    f"nystromformer's convolution adds values to queries, one kernel a head, and "
-                    f"got {q.shape[2]} queries, {k.shape[2]} keys and {q.shape[1]} heads: build "
-                    f"it with kernel=None or heads={q.shape[1]}."
-                )
-            o = o + lowrank.depthwise(v, self.weight)
-        return o, None
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, keep: Keep | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, keep: Keep | None) -> Tensor:
         m, own = self.landmarks, q.shape[2] == k.shape[2]
         if k.shape[2] <= m or (q.shape[2] <= m and not own):
             return dense.attend(q, k, v, keep=keep)
@@ -117,11 +83,10 @@ class Nystromformer(Attention):
         mixed = dense.attend(q_means, k, v, keep=keep)
         live = (q_sizes > 0)[:, None, :, None] & (k_sizes > 0)[:, None, None]
         a = dense.explicit(q_means, k_means, k_means, seen=live)[1]
-        z = (
-            torch.linalg.pinv(a)
-            if self.inverse == "exact"
-            else lowrank.inverse(a, self.steps, together=self.inverse == "iterative-together")
-        )
+        if self.inverse == "exact":
+            z = torch.linalg.pinv(a)
+        else:
+            z = lowrank.inverse(a, self.steps, together=self.inverse == "iterative-together")
         with torch.autocast(q.device.type, enabled=False):
             slots = (z @ mixed.to(z.dtype)).to(v.dtype)
         if keep is not None:

@@ -46,6 +46,7 @@ class Skyformer(Attention):
         LongspanError: a causal form, which sampling rules out; numbers out of range.
     """
 
+    one_form = (False, "it samples from later tokens; longspan.find(mode='causal') lists others")
     draws: Tensor
 
     def __init__(
@@ -59,11 +60,6 @@ class Skyformer(Attention):
         seed: int = 0,
     ) -> None:
         super().__init__(causal=causal)
-        if causal:
-            raise LongspanError(
-                "skyformer samples from the whole sequence and has no causal form: use another "
-                'mechanism; longspan.find(mode="causal") lists them.'
-            )
         count = 2 if landmarks is None else landmarks
         if count < 2 or count % 2 or ridge < 0 or accumulation < 1 or steps == 0:
             raise LongspanError(

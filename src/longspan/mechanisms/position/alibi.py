@@ -37,17 +37,13 @@ from longspan.shapes import Keys, Queries
 class ALiBi(Position):
     """bias_ij = −m_h |i − j|, which under a causal mask is the paper's −m_h (i − j) (Sec. 3).
 
-    Distances are those of the true positions, in at least float32 whatever the model's dtype.
-
     Args:
-        heads: H.
+        heads: H. learnable: m and m' are parameters.
         form: `symmetric` as above; `causal`: −m_h (i − j), and −∞ for keys after the query;
             `asymmetric`: −m_h (i − j) for the past and −m'_h (j − i) for the future.
         slopes: m, by default `published(heads)`.
-        future: m' of the asymmetric form, by default m reversed: who looks far back looks shortly
-            ahead. The paper is causal only; two slopes a head are the first author's proposal in
-            issue 5 of its repository.
-        learnable: m and m' are parameters.
+        future: m' of the asymmetric form, by default m reversed: the first author's proposal in
+            issue 5 of the repository; the paper is causal only.
 
     Raises:
         LongspanError: an unknown form, slopes that are not one per head, `future` in another form.
@@ -73,34 +69,22 @@ class ALiBi(Position):
         ahead = past[::-1] if future is None else tuple(future)
         if len(past) != heads or len(ahead) != heads:
             raise LongspanError(
-                f"alibi has {heads} heads and got {len(past)} slopes, {len(ahead)} of the future: "
-                "expected one per head."
+                f"alibi got {len(past)} slopes, {len(ahead)} ahead: expected {heads}, one per head."
             )
         self.form = form
         # Floats, not buffers: `model.to(torch.bfloat16)` would round the slopes.
-        self.past: tuple[float, ...] | nn.Parameter = past
-        self.future: tuple[float, ...] | nn.Parameter = ahead
-        if learnable:
-            self.past = nn.Parameter(torch.tensor(past))
-            if form == "asymmetric":
-                self.future = nn.Parameter(torch.tensor(ahead))
+        self.past = nn.Parameter(torch.tensor(past)) if learnable else past
+        learns = learnable and form == "asymmetric"
+        self.future = nn.Parameter(torch.tensor(ahead)) if learns else ahead
 
     def bias(
         self, q: Queries, k: Keys, pos_q: Int[Tensor, "L"], pos_k: Int[Tensor, "S"]
     ) -> Float[Tensor, "1 H L S"]:
-        distance = pos_q[:, None] - pos_k  # L S
-        past = self._slopes(self.past, q)
-        if self.form == "asymmetric":
-            back, ahead = distance.clamp(min=0), (-distance).clamp(min=0)
-            return (-past * back - self._slopes(self.future, q) * ahead)[None]
-        bias = (-past * distance.abs())[None]
+        wide, distance = at_least_float32(q), pos_q[:, None] - pos_k  # L S
+        of = self.past, self.future if self.form == "asymmetric" else self.past
+        past, future = (torch.as_tensor(m, dtype=wide, device=q.device)[:, None, None] for m in of)
+        bias = -(past * distance.clamp(min=0) + future * (-distance).clamp(min=0))[None]
         return bias.masked_fill(distance < 0, -math.inf) if self.form == "causal" else bias
-
-    def _slopes(self, of: Sequence[float] | Tensor, q: Tensor) -> Tensor:
-        wide = at_least_float32(q)
-        if isinstance(of, Tensor):
-            return of.to(wide)[:, None, None]
-        return torch.tensor(of, dtype=wide, device=q.device)[:, None, None]
 
 
 def published(heads: int) -> list[float]:

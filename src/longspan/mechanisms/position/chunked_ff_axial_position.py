@@ -6,16 +6,14 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from longspan.card import Card
 from longspan.errors import LongspanError
-from longspan.nn import Position
+from longspan.nn.added import Added
 from longspan.registry import mechanism
 from longspan.shapes import Inputs
-
-Form = Literal["concat", "sum"]
 
 
 @mechanism(
@@ -36,12 +34,11 @@ Form = Literal["concat", "sum"]
         exact={"width": 24, "axes": (4, 16), "std": 0.0},
     )
 )
-class AxialPosition(Position):
+class AxialPosition(Added):
     """y_j = x_j + [E_1[j div n_2]; E_2[j mod n_2]], row by row, for any number of axes.
 
-    Of L = Π n_a positions with E = Σ d_a channels, Σ n_a d_a numbers are learned. A sequence may
-    be shorter than the grid, and positions any within it. The paper's other half, feed-forwards
-    and the loss a chunk of tokens at a time, is `longspan.nn.chunked`.
+    Of L = Π n_a positions with E = Σ d_a channels, Σ n_a d_a numbers are learned. The paper's other
+    half, feed-forwards and the loss a chunk of tokens at a time, is `longspan.nn.chunked`.
 
     Args:
         axes: n_a, the first varying slowest; by default a square of at least `length` places.
@@ -51,11 +48,8 @@ class AxialPosition(Position):
             coordinate on `dropped`, an axis.
 
     Raises:
-        LongspanError: neither axes nor length; widths whose sum is not E; a position outside the
-            grid; an unknown form.
+        LongspanError: a grid of no place, or of other widths than E; a position outside of it.
     """
-
-    acts = frozenset({"embed"})
 
     def __init__(
         self,
@@ -64,7 +58,7 @@ class AxialPosition(Position):
         axes: Sequence[int] | None = None,
         length: int | None = None,
         widths: Sequence[int] | None = None,
-        form: Form = "concat",
+        form: Literal["concat", "sum"] = "concat",
         std: float = 0.02,
         dropout: float = 0.0,
         dropped: int = -1,
@@ -89,25 +83,17 @@ class AxialPosition(Position):
             )
         if not -count <= dropped < count:
             raise LongspanError(f"no axis {dropped} in a grid of {count} to drop lines of.")
-        self.axes, self.form, self.dropout, self.dropped = tuple(axes), form, dropout, dropped
+        self.axes, self.length = tuple(axes), math.prod(axes)
+        self.form, self.dropout, self.dropped = form, dropout, dropped
         self.tables = nn.ParameterList(
             torch.randn(n, d) * std for n, d in zip(axes, widths, strict=True)
         )
 
-    def embed(self, x: Inputs, pos: Int[Tensor, "#B L"]) -> Inputs:
-        places = math.prod(self.axes)
-        if pos.numel() and not torch.compiler.is_compiling():
-            first, last = (int(end) for end in torch.aminmax(pos))
-            if first < 0 or last >= places:
-                raise LongspanError(
-                    f"the grid {self.axes} has positions 0 … {places - 1} and got {first} … "
-                    f"{last}: give larger axes, or shorten the input."
-                )
-        steps = [math.prod(self.axes[a + 1 :]) for a in range(len(self.axes))]
-        at = [pos // step % n for step, n in zip(steps, self.axes, strict=True)]
+    def vectors(self, x: Inputs, pos: Int[Tensor, "#B L"]) -> Float[Tensor, "_ L E"]:
+        at = torch.unravel_index(pos, self.axes)
         parts = [F.embedding(c, table) for c, table in zip(at, self.tables, strict=True)]
         y = torch.cat(parts, -1) if self.form == "concat" else torch.stack(parts).sum(0)
         if self.training and self.dropout:
             lines = F.dropout(y.new_ones(len(x), self.axes[self.dropped]), self.dropout)
             y = y * lines.gather(1, at[self.dropped].expand(len(x), -1))[..., None]
-        return x + y.to(x.dtype)
+        return y

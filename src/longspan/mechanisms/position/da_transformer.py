@@ -6,11 +6,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from longspan.card import Card
-from longspan.engines import dense, distance, given
-from longspan.nn import Attention, Bias
+from longspan.engines import dense, distance
+from longspan.nn import Bias
 from longspan.nn.positions import at_least_float32, one_sequence
+from longspan.nn.tiled import TiledAttention
 from longspan.registry import mechanism
-from longspan.shapes import Keep, Keys, Outputs, Queries, Values
+from longspan.shapes import Keep
 
 
 @mechanism(
@@ -30,28 +31,24 @@ from longspan.shapes import Keep, Keys, Outputs, Queries, Values
         tiny={"heads": 3},
     )
 )
-class DistanceAware(Attention):
+class DistanceAware(TiledAttention):
     """softmax(relu(Q Kᵀ) ∘ f(α R) / √D) V, with R_ij = |i − j| and, per head,
 
         f(R) = (1 + exp(β)) / (1 + exp(β − R))                                     (Eq. 3)
 
     f(0) = 1; α < 0 favours near keys (f → 0), α > 0 far ones (f → 1 + exp(β)). A score of 0 still
-    has weight exp(0): only masks hide. The causal form is not in the paper. The state is every key
-    and value so far.
+    has weight exp(0): only masks hide. The causal form is not in the paper.
 
     Args:
-        heads: H.
+        heads: H. beta: β at the start.
         alpha: α of the heads at the start, evenly from −alpha to alpha; 0 for plain relu scores.
             The paper gives no start; both signs let gradients pass either way.
-        beta: β at the start.
         rectified: relu, without which a factor above 1 lowers negative scores (Sec. 4.4).
         saturating: f; without it α R is the factor itself (Sec. 4.4), zero on the diagonal.
 
     Raises:
         LongspanError: other than as many keys as queries in the bidirectional form.
     """
-
-    takes_bias = True
 
     def __init__(
         self,
@@ -64,48 +61,36 @@ class DistanceAware(Attention):
         saturating: bool = True,
         dropout: float = 0.0,
     ) -> None:
-        super().__init__(causal=causal)
+        super().__init__(causal=causal, dropout=dropout)
         self.alpha = nn.Parameter(torch.linspace(-alpha, alpha, heads + heads % 2)[:heads])
         self.beta = nn.Parameter(torch.full((heads,), beta)) if saturating else None
         self.activation = torch.relu if rectified else None
-        self.dropout = dropout
 
-    def forward(
-        self,
-        q: Queries,
-        k: Keys,
-        v: Values,
-        state: given.Past | None = None,
-        *,
-        keep: Keep | None = None,
-        bias: Bias | None = None,
-    ) -> tuple[Outputs, given.Past | None]:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, keep: Keep | None, bias: Bias | None, dropout: float
+    ) -> Tensor:
         if not self.causal:
             one_sequence(type(self).__name__, q, k)
-        whole = state is None and keep is None
-        past = given.extended(state, k, v, keep)
-        o, _ = dense.tiled(
+        return dense.tiled(
             q,
-            past.k,
-            past.v,
+            k,
+            v,
             causal=self.causal,
-            keep=None if whole else past.keep,
+            keep=keep,
             bias=bias,
             multiplier=self.factor,
             activation=self.activation,
-            dropout=self.dropout if self.training else 0.0,
-        )
-        return o, past if self.causal else None
+            dropout=dropout,
+        )[0]
 
     def factor(self, pos_q: Int[Tensor, "L"], pos_k: Int[Tensor, "S"]) -> Float[Tensor, "H L S"]:
         """f(α R), or α R: of all distances once, in at least float32, then put in place."""
         length, keys = len(pos_q), len(pos_k)
         if not length or not keys:
             return self.alpha.new_zeros(len(self.alpha), length, keys)
-        # In float64: there are few distances, and α's gradient is a sum weighted by them.
-        alpha = self.alpha.double()
         apart = torch.arange(length + keys - 1, device=pos_q.device) + pos_k[0] - pos_q[-1]
-        scaled = alpha[:, None] * apart.abs()
+        # In float64: there are few distances, and α's gradient is a sum weighted by them.
+        scaled = self.alpha.double()[:, None] * apart.abs()
         if self.beta is not None:
             beta = self.beta.double()[:, None]
             # log f = softplus(β) − softplus(β − R): no exponential of a distance.

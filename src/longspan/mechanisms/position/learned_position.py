@@ -1,17 +1,14 @@
 """Learned absolute positions (Gehring et al., 2017)."""
 
 from copy import deepcopy
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from longspan.card import Card
-from longspan.errors import LongspanError
-from longspan.nn import Position
-from longspan.nn.positions import Into, acts_into, at_least_float32, consecutive
+from longspan.nn.added import Added, Into, Resizing, resized
 from longspan.registry import mechanism
 from longspan.shapes import Inputs
 
@@ -33,7 +30,7 @@ from longspan.shapes import Inputs
         exact={"width": 24, "length": 64, "std": 0.0},
     )
 )
-class LearnedPosition(Position):
+class LearnedPosition(Added):
     """y_i = x_i + p_i with a trained table p (Sec. 3.1).
 
     Weight decay usually skips the table.
@@ -58,65 +55,24 @@ class LearnedPosition(Position):
         offset: int = 0,
         into: Into = "embeddings",
     ) -> None:
-        super().__init__()
-        self.acts = acts_into(into)
+        super().__init__(into)
         self.width, self.length, self.std, self.offset = width, length, std, offset
         self.table = nn.Parameter(torch.empty(offset + length, width))
         nn.init.normal_(self.table, std=std)
 
-    def embed(self, x: Inputs, pos: Int[Tensor, "#B L"] | int = 0) -> Inputs:
-        """x + table[pos]; an int is the position of the first token."""
-        if isinstance(pos, int):
-            self._check(pos, pos + x.shape[1] - 1)
-            pos = consecutive(pos, x)
-        elif pos.numel() and not torch.compiler.is_compiling():
-            self._check(*(int(end) for end in torch.aminmax(pos)))
-        return x + F.embedding(pos + self.offset, self.table).to(x.dtype)
-
-    def infuse(self, x: Inputs, pos: Int[Tensor, "#B L"] | int = 0) -> Inputs:
-        return self.embed(x, pos)
-
-    def _check(self, first: int, last: int) -> None:
-        if first < 0:
-            raise LongspanError(f"positions start at 0 and learned-position got {first}.")
-        if last >= self.length:
-            raise LongspanError(
-                f"learned-position was built for {self.length} positions and got position {last}: "
-                f"build it with length={last + 1}, resize({last + 1}) it, or shorten the input."
-            )
+    def vectors(self, x: Inputs, pos: Int[Tensor, "#B L"]) -> Float[Tensor, "#B L E"]:
+        return F.embedding(pos + self.offset, self.table)
 
     @torch.no_grad()
-    def resize(
-        self, length: int, how: Literal["truncate", "tile", "interpolate"] = "tile"
-    ) -> "LearnedPosition":
-        """A new module for `length` positions; the `offset` rows are kept as they are.
-
-        Args:
-            how: `truncate` keeps the first rows, `tile` repeats the table, `interpolate` draws
-                rows from lines between neighbours, with the first and the last row in place.
+    def resize(self, length: int, how: Resizing = "tile") -> "LearnedPosition":
+        """A new module for `length` positions (`resized`); the `offset` rows are kept as they are.
 
         Raises:
             LongspanError: an unknown way, a length below 1, truncation to a greater length.
         """
-        if length < 1:
-            raise LongspanError(f"cannot resize to {length} positions: expected at least 1.")
         special, rows = self.table[: self.offset], self.table[self.offset :]
-        if how == "truncate":
-            if length > self.length:
-                raise LongspanError(
-                    f"{self.length} positions cannot be truncated to {length}: "
-                    "use how='tile' or how='interpolate'."
-                )
-            rows = rows[:length]
-        elif how == "tile":
-            rows = rows[torch.arange(length, device=rows.device) % self.length]
-        elif how == "interpolate":
-            line = rows.to(at_least_float32(rows)).T[None]  # 1 E L
-            line = F.interpolate(line, size=length, mode="linear", align_corners=True)
-            rows = line[0].T.to(rows.dtype)
-        else:
-            raise LongspanError(f"no resizing '{how}'; expected truncate, tile or interpolate.")
-        resized = deepcopy(self)
-        resized.length = length
-        resized.table = nn.Parameter(torch.cat([special, rows]), self.table.requires_grad)
-        return resized
+        other = deepcopy(self)
+        other.length = length
+        table = torch.cat([special, resized(rows, length, how)])
+        other.table = nn.Parameter(table, self.table.requires_grad)
+        return other

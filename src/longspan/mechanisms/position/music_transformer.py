@@ -7,10 +7,12 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from longspan.card import Card
-from longspan.engines import dense, distance, given
+from longspan.engines import dense, distance, tiles
 from longspan.engines.average.tokens import reordered
+from longspan.engines.pattern import History
 from longspan.errors import LongspanError
 from longspan.nn import Attention
+from longspan.nn.distances import vectors
 from longspan.nn.positions import at_least_float32, one_sequence
 from longspan.registry import mechanism
 from longspan.shapes import Keep, Keys, Outputs, Queries, Values
@@ -85,36 +87,33 @@ class RelativeAttention(Attention):
             )
         self.length, self.block = length, block
         deviation = head_width**-0.5 if std is None else std
-
-        def table(rows: int) -> nn.Parameter:
-            drawn = torch.empty(1 if shared else heads, rows, head_width)
-            return nn.Parameter(nn.init.normal_(drawn, std=deviation))
-
-        self.table = table(length if causal else 2 * length - 1)
-        self.related = nn.ParameterList([table(rows) for rows in relations])
+        self.table, *related = (
+            vectors(rows, head_width, heads=heads, shared=shared, std=deviation)
+            for rows in (length if causal else 2 * length - 1, *relations)
+        )
+        self.related = nn.ParameterList(related)
 
     def forward(
         self,
         q: Queries,
         k: Keys,
         v: Values,
-        state: given.Past | None = None,
+        state: History | None = None,
         *,
         keep: Keep | None = None,
         related: Sequence[Int[Tensor, "B L _"]] = (),
-    ) -> tuple[Outputs, given.Past | None]:
+    ) -> tuple[Outputs, History | None]:
         if not self.causal:
             one_sequence(type(self).__name__, q, k)
-        whole = state is None and keep is None
-        past = given.extended(state, k, v, keep)
-        length, keys = q.shape[2], past.k.shape[2]
+        k, v, keep, past = tiles.carry(k, v, state, keep, causal=self.causal)
+        length, keys = q.shape[2], k.shape[2]
         if [tuple(t.shape) for t in related] != [(len(q), length, keys)] * len(self.related):
             raise LongspanError(
                 f"music-transformer has {len(self.related)} relations and got those of shapes "
                 f"{[tuple(t.shape) for t in related]}: expected {(len(q), length, keys)} of each, "
                 "a row of its table for every query and key so far."
             )
-        if self.block is not None:
+        if self.block is not None and past is not None:
             return self._local(q, past, self.block)
         wide = at_least_float32(q)
         scale = q.shape[3] ** -0.5
@@ -127,17 +126,9 @@ class RelativeAttention(Attention):
                 s = s + distance.by_index(q, table.to(wide), own)
             return s
 
-        o, _ = dense.tiled(
-            q,
-            past.k,
-            past.v,
-            causal=self.causal,
-            keep=None if whole else past.keep,
-            bias=bias,
-        )
-        return o, past if self.causal else None
+        return dense.tiled(q, k, v, causal=self.causal, keep=keep, bias=bias)[0], past
 
-    def _local(self, q: Tensor, past: given.Past, block: int) -> tuple[Tensor, given.Past]:
+    def _local(self, q: Tensor, past: History, block: int) -> tuple[Tensor, History]:
         k, v, keep = past
         length, keys = q.shape[2], k.shape[2]
         before = self.length - 1
@@ -157,4 +148,4 @@ class RelativeAttention(Attention):
         left = int((count - drop).max()) if len(count) else 0
         at = drop[:, None] + torch.arange(left, device=q.device)
         k, v = (reordered(t, at.clamp(max=keys - 1)) for t in (k, v))
-        return o, given.Past(k, v, at < count[:, None])
+        return o, History(k, v, at < count[:, None])

@@ -1,8 +1,5 @@
 """Rotary position embedding, RoPE (Su et al., 2021)."""
 
-from typing import Literal
-
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -10,9 +7,8 @@ from longspan.card import Card
 from longspan.errors import LongspanError
 from longspan.nn import Position
 from longspan.nn.positions import at_least_float32, frequencies, raster
+from longspan.nn.rotation import Planes, check_planes, rotated, turn
 from longspan.registry import mechanism
-
-Planes = Literal["interleaved", "half-split"]
 
 
 @mechanism(
@@ -45,7 +41,7 @@ class RotaryPosition(Position):
 
     Args:
         layout: of the planes: channels (2c, 2c + 1), `interleaved` (the paper, GPT-J), or
-            (c, c + D/2), `half-split` (GPT-NeoX, Llama); `relayout` converts weights.
+            (c, c + D/2), `half-split` (GPT-NeoX, Llama); `nn.rotation` converts weights.
         channels: only the first so many are rotated, by default all; 0 rotates nothing.
         scaling: positions are divided by it (linear interpolation, Chen et al., 2023).
         axial: the first half of the planes turns with the row, the second with the column, each
@@ -70,10 +66,11 @@ class RotaryPosition(Position):
         columns: int | None = None,
     ) -> None:
         super().__init__()
-        _known(layout)
+        check_planes(layout)
         if columns is not None and not axial:
             raise LongspanError("columns lay out a grid: build rope with axial=True.")
-        self.layout, self.base, self.channels, self.scaling = layout, base, channels, scaling
+        self.layout: Planes = layout
+        self.base, self.channels, self.scaling = base, channels, scaling
         self.axial, self.columns = axial, columns
 
     def rotate(
@@ -81,17 +78,8 @@ class RotaryPosition(Position):
         x: Float[Tensor, "B H L D"],
         pos: Int[Tensor, "L"] | Int[Tensor, "#B L"] | Int[Tensor, "L 2"] | Int[Tensor, "#B L 2"],
     ) -> Float[Tensor, "B H L D"]:
-        channels = _rotated(x.shape[-1], self.channels, 4 if self.axial else 2)
-        angles = self._angles(pos, channels, x)
-        cos, sin = angles.cos(), angles.sin()
-        turned = x[..., :channels].to(angles.dtype)
-        if self.layout == "interleaved":
-            a, b = turned[..., ::2], turned[..., 1::2]
-            turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
-        else:
-            a, b = turned.chunk(2, dim=-1)
-            turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
-        return torch.cat([turned.to(x.dtype), x[..., channels:]], dim=-1)
+        channels = rotated(x.shape[-1], self.channels, multiple=4 if self.axial else 2)
+        return turn(x, self._angles(pos, channels, x), self.layout)
 
     def _angles(self, pos: Tensor, channels: int, x: Tensor) -> Tensor:
         """The angle of each plane: (L | B 1 L) channels/2."""
@@ -108,42 +96,3 @@ class RotaryPosition(Position):
         )
         angles = (axes[..., None] / self.scaling * theta).flatten(-2)
         return angles if angles.dim() == 2 else angles[:, None]
-
-
-def relayout(
-    weight: Float[Tensor, "HD *E"], *, heads: int, to: Planes, channels: int | None = None
-) -> Float[Tensor, "HD *E"]:
-    """The q or k projection (weight or bias) of a model of the other layout, for layout `to`.
-
-    Queries and keys then have their rotated channels permuted alike, and scores are unchanged.
-
-    Args:
-        heads: of this projection (for grouped keys, the key heads).
-        channels: how many of each head are rotated, by default all.
-
-    Raises:
-        LongspanError: an unknown layout, heads that do not divide the rows.
-    """
-    _known(to)
-    if weight.shape[0] % heads:
-        raise LongspanError(f"{weight.shape[0]} rows do not divide into {heads} heads.")
-    width = weight.shape[0] // heads
-    rotated = torch.arange(_rotated(width, channels, 2))
-    order = rotated.view(-1, 2).T if to == "half-split" else rotated.view(2, -1).T
-    order = torch.cat([order.flatten(), torch.arange(len(rotated), width)])
-    return weight.unflatten(0, (heads, width))[:, order.to(weight.device)].flatten(0, 1)
-
-
-def _known(layout: str) -> None:
-    if layout not in ("interleaved", "half-split"):
-        raise LongspanError(f"no layout '{layout}'; expected interleaved or half-split.")
-
-
-def _rotated(width: int, channels: int | None, multiple: int) -> int:
-    channels = width if channels is None else channels
-    if channels % multiple or not 0 <= channels <= width:
-        raise LongspanError(
-            f"rope cannot rotate {channels} of {width} channels: expected a multiple of "
-            f"{multiple} up to the width; set channels=."
-        )
-    return channels

@@ -1,13 +1,13 @@
 """Relative position representations (Shaw et al., 2018)."""
 
-import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from longspan.card import Card
 from longspan.engines import distance
 from longspan.errors import LongspanError
 from longspan.nn import Position
+from longspan.nn.distances import vectors
 from longspan.nn.positions import at_least_float32
 from longspan.nn.protocols import Act
 from longspan.registry import mechanism
@@ -72,16 +72,12 @@ class ShawRelativePosition(Position):
             )
         self.reach, self.causal = reach, causal
         rows = reach + 1 if causal else 2 * reach + 1
-
-        def table() -> nn.Parameter:
-            drawn = nn.init.normal_(torch.empty(1 if shared else heads, rows, head_width), std=std)
-            return nn.Parameter(drawn)
-
-        self.keys = table() if keys else None
-        self.values = table() if values else None
-        bias: set[Act] = {"bias"} if keys else set()
-        spread: set[Act] = {"spread"} if values else set()
-        self.acts = frozenset(bias | spread)
+        self.keys, self.values = (
+            vectors(rows, head_width, heads=heads, shared=shared, std=std) if there else None
+            for there in (keys, values)
+        )
+        acts: dict[Act, bool] = {"bias": keys, "spread": values}
+        self.acts = frozenset(act for act, there in acts.items() if there)
 
     def bias(
         self, q: Queries, k: Keys, pos_q: Int[Tensor, "L"], pos_k: Int[Tensor, "S"]
@@ -93,10 +89,7 @@ class ShawRelativePosition(Position):
         return distance.scores(q, self.keys.to(wide), pos_q, pos_k, before=self.reach)
 
     def spread(
-        self,
-        weights: Float[Tensor, "B H L S"],
-        pos_q: Int[Tensor, "L"],
-        pos_k: Int[Tensor, "S"],
+        self, weights: Float[Tensor, "B H L S"], pos_q: Int[Tensor, "L"], pos_k: Int[Tensor, "S"]
     ) -> Outputs:
         if self.values is None:
             raise self._lacks("spread")

@@ -6,17 +6,8 @@ from torch import Tensor
 
 from longspan.card import Card
 from longspan.errors import LongspanError
-from longspan.nn import Position
-from longspan.nn.positions import (
-    Into,
-    Layout,
-    Spacing,
-    acts_into,
-    at_least_float32,
-    consecutive,
-    raster,
-    sinusoid,
-)
+from longspan.nn.added import Added, Into
+from longspan.nn.positions import Layout, Spacing, at_least_float32, raster, sinusoid
 from longspan.registry import mechanism
 from longspan.shapes import Inputs
 
@@ -36,7 +27,7 @@ from longspan.shapes import Inputs
         memory="L*E",
     )
 )
-class SinusoidalPosition(Position):
+class SinusoidalPosition(Added):
     """y_i = x_i + PE(i), PE(i)_2c = sin(i ω_c), PE(i)_{2c+1} = cos(i ω_c), ω_c = base^(−2c/E).
 
     (Sec. 3.5.) No parameters, any length; angles are computed in at least float32.
@@ -67,8 +58,7 @@ class SinusoidalPosition(Position):
         columns: int | None = None,
         into: Into = "embeddings",
     ) -> None:
-        super().__init__()
-        self.acts = acts_into(into)
+        super().__init__(into)
         if columns is not None and not axial:
             raise LongspanError(
                 "columns lay out a grid: build sinusoidal-position with axial=True."
@@ -79,15 +69,12 @@ class SinusoidalPosition(Position):
         # What sinusoid refuses, it refuses here and not at the first batch.
         self.table(torch.zeros(1, dtype=torch.long), 2)
 
-    def embed(
-        self, x: Inputs, pos: Int[Tensor, "#B L"] | Int[Tensor, "#B L 2"] | int = 0
-    ) -> Inputs:
-        """x + PE(pos); an int is the position of the first token."""
-        if isinstance(pos, int):
-            pos = consecutive(pos, x)
+    def vectors(
+        self, x: Inputs, pos: Int[Tensor, "#B L"] | Int[Tensor, "#B L 2"]
+    ) -> Float[Tensor, "#B L E"]:
         width, dtype = x.shape[-1], at_least_float32(x)
         if not self.axial:
-            return x + self.table(pos, width, dtype).to(x.dtype)
+            return self.table(pos, width, dtype)
         if self.columns is not None:
             pos = raster(pos, self.columns)
         if width % 2 or pos.dim() != 3:
@@ -95,12 +82,7 @@ class SinusoidalPosition(Position):
                 f"the axial form got width {width} and positions of shape {tuple(pos.shape)}: "
                 "expected an even width and B L 2, or flat positions with columns= given."
             )
-        return x + self.table(pos, width // 2, dtype).flatten(-2).to(x.dtype)
-
-    def infuse(
-        self, x: Inputs, pos: Int[Tensor, "#B L"] | Int[Tensor, "#B L 2"] | int = 0
-    ) -> Inputs:
-        return self.embed(x, pos)
+        return self.table(pos, width // 2, dtype).flatten(-2)
 
     def table(
         self, pos: Int[Tensor, "*shape"], width: int, dtype: torch.dtype = torch.float32

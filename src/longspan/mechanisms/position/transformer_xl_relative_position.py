@@ -84,18 +84,16 @@ class TransformerXLRelativePosition(Position):
         wide = at_least_float32(q)
         steps = torch.arange(length + keys - 1, device=q.device)
         # From the last query and the first key down: the largest distance comes first.
-        r = self._relative(pos_q[-1] - pos_k[0] - steps).to(wide)
+        r = self._relative(pos_q[-1] - pos_k[0] - steps, wide)
         q, k, u, v = (t.to(wide) for t in (q, k, self.u, self.v))
         by_distance = einsum(q + v[:, None], r, "B H L D, H N D -> B H L N")
         return (
             shift(by_distance)[..., :keys] + einsum(u, k, "H D, B H S D -> B H S")[:, :, None]
         ) / width**0.5
 
-    def _relative(self, distance: Int[Tensor, "N"]) -> Float[Tensor, "H N D"]:
+    def _relative(self, distance: Int[Tensor, "N"], wide: torch.dtype) -> Float[Tensor, "H N D"]:
         if self.clamp_len is not None:
             distance = distance.clamp(-self.clamp_len, self.clamp_len)
-        weight = self.project.weight
-        waves = sinusoid(
-            distance, self.width, layout="concatenated", dtype=at_least_float32(weight)
-        )
-        return rearrange(self.project(waves.to(weight.dtype)), "N (H D) -> H N D", H=len(self.u))
+        waves = sinusoid(distance, self.width, layout="concatenated", dtype=wide)
+        r = self.project(waves.to(self.project.weight.dtype))
+        return rearrange(r, "N (H D) -> H N D", H=len(self.u)).to(wide)

@@ -1,31 +1,10 @@
 """Transformer-XL (Dai et al., 2019)."""
 
-import math
-
-from torch import Tensor
-
 from longspan.card import Card
 from longspan.errors import LongspanError
 from longspan.nn import MultiHead, Position, Remember
+from longspan.nn.positions import WithinReach
 from longspan.registry import build, mechanism
-
-
-class Within(Position):
-    """Another position's bias, and −inf from `reach` tokens back on (`same_length`).
-
-    Args:
-        reach, reach_eval: in training and in evaluation.
-    """
-
-    acts = frozenset({"bias"})
-
-    def __init__(self, position: Position, reach: int, reach_eval: int) -> None:
-        super().__init__()
-        self.position, self.reach, self.reach_eval = position, reach, reach_eval
-
-    def bias(self, q: Tensor, k: Tensor, pos_q: Tensor, pos_k: Tensor) -> Tensor:
-        far = pos_q[:, None] - pos_k >= (self.reach if self.training else self.reach_eval)
-        return self.position.bias(q, k, pos_q, pos_k).masked_fill(far, -math.inf)
 
 
 @mechanism(
@@ -88,7 +67,7 @@ def transformer_xl(
                 f"transformer-xl got memory={memory}, memory_eval={memory_eval} with same_length, "
                 "under which a query sees as many keys: give 1 or more."
             )
-        position = Within(position, *reaches)
+        position = WithinReach(position, *reaches)
     attention = build("multi-head-attention", causal=True, backend="tiled", dropout=dropout)
     mixer = MultiHead(
         attention,

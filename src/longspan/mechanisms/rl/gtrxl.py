@@ -50,7 +50,7 @@ class GTrXL(Residual):
                   r = σ(W_r y + U_r x),  z = σ(W_z y + U_z x − b)
 
     and `none`, x + y (TrXL-I). With `norm_order="pre"` a model has the paper's order; as b grows,
-    all but `input` and `none` let x pass alone.
+    all but `input` and `none` let x pass alone. `longspan.models.policy` has the paper's agent.
 
     Args:
         bias: b at the start, learned; the paper's GRU has 2. The input gate has none.

@@ -1,31 +1,17 @@
 """ProbSparse attention without the paper's view of the future."""
 
-from typing import NamedTuple
-
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from longspan.card import Card
 from longspan.engines import bucket
 from longspan.errors import LongspanError
-from longspan.nn.spiking import SpikingAttention
+from longspan.nn.spiking import Running, SpikingAttention
 from longspan.registry import mechanism
 from longspan.shapes import Keep, Keys, Outputs, Queries, Values
 
-
-class InformerState(NamedTuple):
-    """Every key, value and measure; the sum of the values; how many queries attended."""
-
-    k: Float[Tensor, "B H S D"]
-    v: Float[Tensor, "B H S V"]
-    keep: Bool[Tensor, "B S"]
-    measures: Float[Tensor, "B H S"]
-    total: Float[Tensor, "B H V"]
-    awake: Int[Tensor, "B H"]
-
-
-State = InformerState | None
+State = Running | None
 
 
 @mechanism(
@@ -64,26 +50,11 @@ class InformerCausal(SpikingAttention):
     """
 
     name = "informer-causal"
-
-    def __init__(
-        self,
-        *,
-        causal: bool = True,
-        factor: int = 5,
-        shared: bool = False,
-        exact: bool = False,
-        mean: bool = False,
-        seed: int = 0,
-    ) -> None:
-        if not causal:
-            raise LongspanError("informer-causal is causal only: build informer instead.")
-        super().__init__(
-            causal=causal, factor=factor, shared=shared, exact=exact, mean=mean, seed=seed
-        )
+    one_form = (True, "build informer instead")
 
     def forward(
         self, q: Queries, k: Keys, v: Values, state: State = None, *, keep: Keep | None = None
-    ) -> tuple[Outputs, InformerState]:
+    ) -> tuple[Outputs, Running]:
         length = q.shape[2]
         if length != k.shape[2]:
             raise LongspanError(
@@ -103,7 +74,7 @@ class InformerCausal(SpikingAttention):
         if not q.numel():
             empty = sums.new_zeros(*q.shape[:2], k.shape[2])
             total = sums.new_zeros(*q.shape[:2], v.shape[3])
-            return v[:, :, :length], state or InformerState(k, v, seen, empty, total, awake)
+            return v[:, :, :length], state or Running(k, v, seen, empty, total, awake)
         budget = bucket.budget(count, self.factor)  # u_t
         new = self.measure(q, k, seen, count, budget)
         measures = new if measures is None else torch.cat([measures, new], 2)
@@ -111,7 +82,7 @@ class InformerCausal(SpikingAttention):
         wish, awake = bucket.capped(wish, 2 * budget * bucket.ceil_log(count), awake)
         lazy = sums / count.clamp(min=1)[:, None, :, None] if self.mean else sums
         o = bucket.awoken(lazy.to(q.dtype), q, k, v, bucket.placed(wish), seen, causal=True)
-        return o, InformerState(k, v, seen, measures, sums[:, :, -1], awake)
+        return o, Running(k, v, seen, measures, sums[:, :, -1], awake)
 
     @torch.no_grad()
     def measure(

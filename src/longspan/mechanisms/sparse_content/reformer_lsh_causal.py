@@ -39,13 +39,15 @@ class ReformerLSHCausal(HashedAttention):
         window: entries of its bucket that a query looks back on.
         buckets: even, or even factors; 2·length / window is a good number.
         rounds: hashes; may be changed on the built module.
-        seed: of the directions, drawn per head and round.
+        seed: of the directions, drawn per head and round. redraw: draws anew at each training
+            call, from torch's global generator.
 
     Raises:
         LongspanError: a causal=False, sizes below 1, odd buckets, keys that are not the queries.
     """
 
     name = "reformer-lsh-causal"
+    one_form = (True, "build reformer-lsh instead")
 
     def __init__(
         self,
@@ -56,14 +58,15 @@ class ReformerLSHCausal(HashedAttention):
         rounds: int = 4,
         unique: bool = False,
         seed: int = 0,
+        redraw: bool = False,
     ) -> None:
-        if not causal:
-            raise LongspanError("reformer-lsh-causal is causal only: build reformer-lsh instead.")
         if window < 1 or rounds < 1:
             raise LongspanError(
                 f"reformer-lsh-causal got window={window}, rounds={rounds}: expected 1 or more."
             )
-        super().__init__(causal=causal, buckets=buckets, rounds=rounds, unique=unique, seed=seed)
+        super().__init__(
+            causal=causal, buckets=buckets, rounds=rounds, unique=unique, seed=seed, redraw=redraw
+        )
         self.window = window
         # Buckets start at multiples of a block: short ones waste less, long ones compute better.
         self.block = min(16, max(4, 1 << max(window.bit_length() - 2, 0)))

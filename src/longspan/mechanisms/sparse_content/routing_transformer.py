@@ -7,12 +7,10 @@ from longspan.card import Card
 from longspan.engines import bucket, dense
 from longspan.nn import kmeans
 from longspan.registry import mechanism
-from longspan.shapes import Keep, Keys, Outputs, Queries, Values
+from longspan.shapes import Keep
 
 # Of the divisor count + 1e−2 in the released code.
 EPS = 1e-2
-
-State = kmeans.Routed | None
 
 
 @mechanism(
@@ -69,60 +67,23 @@ class RoutingTransformer(kmeans.RoutedAttention):
 
     name = "routing-transformer"
 
-    def forward(
-        self, q: Queries, k: Keys, v: Values, state: State = None, *, keep: Keep | None = None
-    ) -> tuple[Outputs, State]:
-        self.check(q, k)
-        own = keep if q.shape[2] == k.shape[2] else None  # of the queries
-        if keep is not None:
-            k, v = (t.masked_fill(~keep[:, None, :, None], 0) for t in (k, v))
-        if own is not None:
-            q = q.masked_fill(~own[:, None, :, None], 0)
-        near = self.local
-        x = kmeans.on_sphere(q[:, near:])
-        y = x if self.causal else kmeans.on_sphere(k[:, near:])
-        sides = ([x], [own]) if self.causal else ([x, y], [own, keep])
-        means = self.means(*sides)
-        x = self.committed(x, means)
-        y = x if self.causal else self.committed(y, means)
-        length = q.shape[2]
-        if not self.causal:
-            routed = self._routed(x, y, v[:, near:], means, own, keep)
-            return torch.cat([self.nearby(q, k, v, keep), routed], 1), None
-        seen = q.new_ones(q.shape[0], length, dtype=torch.bool) if keep is None else keep
-        keys = torch.cat([k[:, :near], x.to(q.dtype)], 1)
-        table = kmeans.Routed.grow(state, keys, v, seen, kmeans.nearest(x, means))
-        local = self.nearby(q, table.k, table.v, table.keep)
-        if state is not None and length == 1:
-            met = (table.codes == table.codes[..., -1:]) & table.keep[:, None, None]
-            routed = dense.explicit(x.to(q.dtype), table.k[:, near:], table.v[:, near:], seen=met)
-            return torch.cat([local, routed[0] / (1 + EPS)], 1), table
-        if state is not None:
-            x = torch.cat([state.k[:, near:].to(x.dtype), x], 2)
-        routed = self._routed(x, x, table.v[:, near:], means, table.keep, table.keep)
-        return torch.cat([local, routed[:, :, -length:]], 1), table
-
-    def _routed(
-        self,
-        x: Tensor,
-        y: Tensor,
-        v: Tensor,
-        means: Tensor,
-        keep_x: Keep | None,
-        keep_y: Keep | None,
+    def across(
+        self, x: Tensor, y: Tensor, v: Tensor, means: Tensor, own: Keep | None, keep: Keep | None
     ) -> Tensor:
-        """Clusters of queries x and keys y, which attend in v's dtype."""
-        queries = bucket.members(x, means, self._size(x, keep_x), keep_x)
-        keys = queries
-        if not self.causal:
-            keys = bucket.members(y, means, self._size(y, keep_y), keep_y)
+        queries = bucket.members(x, means, self.share(x, own), own)
+        keys = bucket.members(y, means, self.share(y, keep), keep)
         x, y = x.to(v.dtype), y.to(v.dtype)
-        return bucket.attend_cells(x, y, v, queries, keys, causal=self.causal, eps=EPS)
+        return bucket.attend_cells(x, y, v, queries, keys, causal=False, eps=EPS)
 
-    def _size(self, x: Tensor, keep: Keep | None) -> Tensor:
-        """w of each row: as given, or its kept tokens over the clusters."""
-        count = x.new_full(x.shape[:1], x.shape[2], dtype=torch.long)
-        count = count if keep is None else keep.sum(1)
-        if self.window is not None:
-            return count.clamp(max=self.window)
-        return -(-count // self.means.centroids.shape[1])
+    def along(self, x: Tensor, table: kmeans.Routed, means: Tensor) -> Tensor:
+        k, v = table.k[:, self.local :], table.v[:, self.local :]
+        length, keys = x.shape[2], k.shape[2]
+        if keys > length == 1:
+            met = (table.codes == table.codes[..., -1:]) & table.keep[:, None, None]
+            return dense.explicit(x.to(v.dtype), k, v, seen=met)[0] / (1 + EPS)
+        if keys > length:
+            x = torch.cat([k[:, :, : keys - length].to(x.dtype), x], 2)
+        members = bucket.members(x, means, self.share(x, table.keep), table.keep)
+        x = x.to(v.dtype)
+        o = bucket.attend_cells(x, x, v, members, members, causal=True, eps=EPS)
+        return o[:, :, keys - length :]

@@ -1,16 +1,12 @@
 """Routing attention without the paper's view of the future."""
 
-import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from longspan.card import Card
 from longspan.engines import bucket, dense
-from longspan.errors import LongspanError
 from longspan.nn import kmeans
 from longspan.registry import mechanism
-from longspan.shapes import Keep, Keys, Outputs, Queries, Values
-
-State = kmeans.Routed | None
 
 
 @mechanism(
@@ -39,7 +35,8 @@ class RoutingTransformerCausal(kmeans.RoutedAttention):
     step by step agree while the centroids rest. In training they move between calls only. The
     state is every key and value, and the keys' centroids.
 
-    Args: those of routing-transformer; window: members of its cluster that a query looks back on.
+    Args: those of routing-transformer; window: members of its cluster that a query looks back on,
+        by default 128.
 
     Raises:
         LongspanError: a causal=False, sizes below 1, inputs of other heads or width, keys before
@@ -47,65 +44,24 @@ class RoutingTransformerCausal(kmeans.RoutedAttention):
     """
 
     name = "routing-transformer-causal"
+    one_form = (True, "build routing-transformer instead")
+    usual = 128
 
-    def __init__(
-        self,
-        *,
-        heads: int,
-        head_width: int,
-        causal: bool = True,
-        clusters: int = 64,
-        window: int = 128,
-        local: int | None = None,
-        reach: int = 128,
-        decay: float = 0.999,
-        sums: bool = False,
-        commitment: float = 0.0,
-        seed: int = 0,
-    ) -> None:
-        if not causal:
-            raise LongspanError(f"{self.name} is causal only: build routing-transformer instead.")
-        super().__init__(
-            heads=heads,
-            head_width=head_width,
-            causal=causal,
-            clusters=clusters,
-            window=window,
-            local=local,
-            reach=reach,
-            decay=decay,
-            sums=sums,
-            commitment=commitment,
-            seed=seed,
-        )
-        self.window: int = window
-        self.block = min(32, max(4, 1 << max(window.bit_length() - 2, 0)))
-
-    def forward(
-        self, q: Queries, k: Keys, v: Values, state: State = None, *, keep: Keep | None = None
-    ) -> tuple[Outputs, kmeans.Routed]:
-        self.check(q, k)
-        length, near = q.shape[2], self.local
-        seen = q.new_ones(q.shape[0], length, dtype=torch.bool) if keep is None else keep
-        q, k = (t.masked_fill(~seen[:, None, :, None], 0) for t in (q, k))
-        x = kmeans.on_sphere(q[:, near:])
-        means = self.means([x], [seen])
-        codes = kmeans.nearest(x, means)
-        routes = self.committed(x, means).to(q.dtype)
-        table = kmeans.Routed.grow(state, torch.cat([k[:, :near], routes], 1), v, seen, codes)
-        local = self.nearby(q, table.k, table.v, table.keep)
+    def along(self, x: Tensor, table: kmeans.Routed, means: Tensor) -> Tensor:
+        assert self.window is not None
+        length = x.shape[2]
+        x = x.to(table.v.dtype)
         hashed = bucket.Hashed(
-            table.k[:, near:],
-            table.v[:, near:],
+            table.k[:, self.local :],
+            table.v[:, self.local :],
             table.keep,
             table.codes.masked_fill(~table.keep[:, None, None], means.shape[1]),
         )
-        if state is not None and length == 1:
-            scaled = routes * routes.shape[-1] ** -0.5
-            routed = bucket.step(scaled, hashed, own=0.0, before=self.window)
-            return torch.cat([local, routed], 1), table
+        if table.k.shape[2] > length == 1:
+            return bucket.step(x * x.shape[3] ** -0.5, hashed, own=0.0, before=self.window)
+        block = min(32, max(4, 1 << max(self.window.bit_length() - 2, 0)))
         layout = bucket.Sorted(
-            bucket.aligned_order(hashed.buckets, means.shape[1] + 1, self.block),
+            bucket.aligned_order(hashed.buckets, means.shape[1] + 1, block),
             hashed.buckets,
             before=self.window,
             sliding=True,
@@ -113,6 +69,6 @@ class RoutingTransformerCausal(kmeans.RoutedAttention):
             same=True,
             keep=table.keep,
         )
-        routes = F.pad(routes, (0, 0, table.k.shape[2] - length, 0))
-        routed, _ = dense.union(routes, [(layout, hashed.k, hashed.v)])
-        return torch.cat([local, routed[:, :, -length:]], 1), table
+        x = F.pad(x, (0, 0, table.k.shape[2] - length, 0))
+        o, _ = dense.union(x, [(layout, hashed.k, hashed.v)])
+        return o[:, :, o.shape[2] - length :]

@@ -54,6 +54,8 @@ class Smyrf(Attention):
         LongspanError: sizes below 1, an unknown transform.
     """
 
+    one_form = (False, "use reformer-lsh-causal")
+
     def __init__(
         self,
         *,
@@ -65,8 +67,6 @@ class Smyrf(Attention):
         redraw: bool = False,
     ) -> None:
         super().__init__(causal=causal)
-        if causal:
-            raise LongspanError("smyrf has no causal form: use reformer-lsh-causal.")
         if cluster < 1 or rounds < 1 or transform not in ("xbox+", "xbox", "l2lsh"):
             raise LongspanError(
                 f"smyrf got cluster={cluster}, rounds={rounds}, transform='{transform}': expected "

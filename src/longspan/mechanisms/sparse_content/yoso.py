@@ -37,21 +37,19 @@ class Yoso(Attention):
 
         Y_i = 1/m Σ_a Σ_j [f_a(q_i) = f_a(k_j)] v_j                            (Eq. 4)
 
-    by adding values into tables of 2^τ rows and reading them. Backward, dw/dx is bounded from
-    below by (τ/2) w (Eq. 11), in both forms. Outputs are brought to unit length (Sec. 3.3). Hashes
-    are drawn anew at each training call, from torch's generator, and reused in its backward pass.
+    by adding values into tables of 2^τ rows and reading them. Backward, its lower bound (τ/2) w
+    stands for dw/dx (Eq. 11). Outputs have unit length (Sec. 3.3). Training draws hashes anew.
 
     Args:
-        bits: τ. rounds: m; may be changed on the built module.
+        bits: τ. rounds: m; may be changed on the built module. seed: of the hashes in evaluation.
         expectation: YOSO-E. exact_gradient: of it, dw/dx itself.
-        seed: of the hashes in evaluation.
-        conv: tokens of a depthwise convolution of v, a filter a head, added to the output
-            (YOSO-C); needs `heads`.
+        conv: taps of a depthwise convolution of v, a filter a head, added to outputs (YOSO-C).
 
     Raises:
-        LongspanError: no bits or rounds, an exact gradient without expectation, a convolution
-            without heads or across sequences.
+        LongspanError: options that do not fit each other; a convolution across sequences.
     """
+
+    one_form = (False, "use reformer-lsh-causal")
 
     def __init__(
         self,
@@ -66,19 +64,17 @@ class Yoso(Attention):
         seed: int = 0,
     ) -> None:
         super().__init__(causal=causal)
-        if causal:
-            raise LongspanError("yoso has no causal form: use reformer-lsh-causal.")
         if not 0 <= bits <= 24 or rounds < 1 or (exact_gradient and not expectation):
             raise LongspanError(
                 f"yoso got bits={bits}, rounds={rounds}, exact_gradient={exact_gradient}: expected "
                 "0 to 24 bits, at least 1 round, an exact gradient with expectation=True alone."
             )
-        if conv is not None and (heads is None or conv < 1):
-            raise LongspanError(f"yoso got conv={conv}, heads={heads}: give both, at least 1.")
         self.bits, self.rounds, self.seed = bits, rounds, seed
         self.expectation, self.exact_gradient = expectation, exact_gradient
         self.conv = None
-        if conv is not None and heads is not None:
+        if conv is not None:
+            if heads is None or conv < 1:
+                raise LongspanError(f"yoso got conv={conv}, heads={heads}: give both, at least 1.")
             self.conv = nn.Conv2d(heads, heads, (conv, 1), padding="same", groups=heads, bias=False)
 
     def forward(
@@ -86,7 +82,7 @@ class Yoso(Attention):
     ) -> tuple[Outputs, None]:
         if keep is not None:
             k, v = (t.masked_fill(~keep[:, None, :, None], 0) for t in (k, v))
-        dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
+        wide = torch.promote_types(q.dtype, torch.float32)
         x, y = (F.normalize(t.to(wide), dim=-1) for t in (q, k))
         if self.expectation:
             o = bucket.expected(x, y, v.to(wide), bits=self.bits, exact=self.exact_gradient)
@@ -94,12 +90,10 @@ class Yoso(Attention):
             generator = None if self.training else torch.Generator().manual_seed(self.seed)
             sizes = {"bits": self.bits, "rounds": self.rounds}
             o = bucket.sampled_by(x, y, v.to(wide), **sizes, generator=generator)
-        o = F.normalize(o, dim=-1).to(dtype)
-        if self.conv is None:
-            return o, None
-        if q.shape[2] != k.shape[2]:
+        o = F.normalize(o, dim=-1).to(q.dtype)
+        if self.conv is not None and q.shape[2] != k.shape[2]:
             raise LongspanError(
                 f"yoso's convolution of values got {q.shape[2]} queries for {k.shape[2]} keys: "
                 "build it without conv for cross-attention."
             )
-        return o + self.conv(v), None
+        return o if self.conv is None else o + self.conv(v), None

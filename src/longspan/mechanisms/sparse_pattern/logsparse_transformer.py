@@ -2,18 +2,11 @@
 
 from collections.abc import Iterator
 
-from torch import Tensor
-
 from longspan.card import Card
-from longspan.engines import dense, grid
-from longspan.engines.edges import Diagonal, Diagonals
-from longspan.engines.pattern import History
+from longspan.engines.edges import Diagonal
 from longspan.errors import LongspanError
-from longspan.nn import Attention
+from longspan.nn.diagonal import DiagonalAttention
 from longspan.registry import mechanism
-from longspan.shapes import Keep, Keys, Outputs, Queries, Values
-
-State = History | None
 
 
 @mechanism(
@@ -34,7 +27,7 @@ State = History | None
         exact={"local": 1000000},
     )
 )
-class LogSparseTransformer(Attention):
+class LogSparseTransformer(DiagonalAttention):
     """softmax(q_l K_Iᵀ / √D) V_I over the keys I of cell l (Sec. 4.2, 0-based):
 
         I = {l − r : r < w} ∪ {l − (w − 1) − 2^i : i ≥ 0}
@@ -64,7 +57,7 @@ class LogSparseTransformer(Attention):
         released: bool = False,
         window: int | None = None,
     ) -> None:
-        super().__init__(causal=True)
+        super().__init__()
         if any(n is not None and n < 1 for n in (local, restart, window)):
             raise LongspanError(
                 f"logsparse-transformer got local={local}, restart={restart}, window={window}: "
@@ -79,7 +72,6 @@ class LogSparseTransformer(Attention):
         self.restart, self.released, self.window = restart, released, window
 
     def diagonals(self, keys: int) -> list[Diagonal]:
-        """Distances at which a cell sees, and from which cell on, for so many keys."""
         early = 0
         if self.released and self.restart and self.window:
             early = self.window // self.restart * 2 * self.local
@@ -97,16 +89,3 @@ class LogSparseTransformer(Attention):
         yield from range(min(self.local, limit + 1))
         powers = self.local if self.released else limit.bit_length()
         yield from (s for i in range(powers) if (s := self.local - 1 + 2**i) <= limit)
-
-    def forward(
-        self, q: Queries, k: Keys, v: Values, state: State = None, *, keep: Keep | None = None
-    ) -> tuple[Outputs, History]:
-        return grid.stream(self._attend, q, k, v, state, keep=keep)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if q.shape[2] > k.shape[2]:
-            raise LongspanError(
-                f"logsparse-transformer got {q.shape[2]} queries for {k.shape[2]} keys: it looks "
-                "back along one sequence and has no cross form."
-            )
-        return dense.union(q, [(Diagonals(self.diagonals(k.shape[2])), k, v)])[0]

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from longspan.card import Card
 from longspan.engines import conv
 from longspan.errors import LongspanError
-from longspan.nn import Mixer
+from longspan.nn.within import Within
 from longspan.registry import mechanism
-from longspan.shapes import Context, Inputs, Keep, Marks
+from longspan.shapes import Inputs, Keep
 
 Measure = Literal["legs", "legt", "lmu", "lagt"]
 Method = Literal["euler", "backward", "bilinear", "zoh"]
@@ -42,7 +42,7 @@ class HippoState(NamedTuple):
         tiny={"width": 24, "state": 6, "channels": 2},
     )
 )
-class Hippo(Mixer):
+class Hippo(Within):
     """h_t = (1 − g) h_{t−1} + g tanh(W z), g = σ(G z), z = [h_{t−1}, c_{t−1}, x_t]  (Sec. 3.2)
 
     with f_t = L_f h_t and c_t = A_t c_{t−1} + B_t f_t: c are the N coefficients of f's history
@@ -57,6 +57,8 @@ class Hippo(Mixer):
     Raises:
         LongspanError: a measure or method that does not exist, sizes below 1, a context or marks.
     """
+
+    causal = True
 
     def __init__(
         self,
@@ -86,17 +88,9 @@ class Hippo(Mixer):
         self.cell = nn.Linear(2 * width + channels * state, 2 * width)
         self.read = nn.Linear(width, channels)
 
-    def forward(
-        self,
-        x: Inputs,
-        state: HippoState | None = None,
-        *,
-        keep: Keep | None = None,
-        context: Context | None = None,
-        marks: Marks | None = None,
+    def mix(
+        self, x: Inputs, state: HippoState | None, keep: Keep | None
     ) -> tuple[Inputs, HippoState]:
-        if context is not None or marks is not None:
-            raise LongspanError("hippo mixes one sequence: leave context and marks out.")
         wide = torch.promote_types(x.dtype, torch.float32)
         seen = x.new_ones(x.shape[:2], dtype=torch.bool) if keep is None else keep
         h, c, k = state or (
@@ -105,8 +99,7 @@ class Hippo(Mixer):
             x.new_zeros(x.shape[0], dtype=torch.long),
         )
         with torch.autocast(x.device.type, enabled=False):
-            x_ = x.masked_fill(~seen[..., None], 0).to(wide)
-            return _eager(self, x_, HippoState(h.to(wide), c.to(wide), k), seen, x.dtype)
+            return _eager(self, x.to(wide), HippoState(h.to(wide), c.to(wide), k), seen, x.dtype)
 
     def update(self, c: Tensor, f: Tensor, k: Tensor) -> Tensor:
         """c_t from c_{t−1} (B F N), f (B F) and the token's number k (B)."""
@@ -136,7 +129,7 @@ def _run(
         k = k + mask
         outs.append(h)
     y = torch.stack(outs, 1) if outs else x
-    return y.masked_fill(~seen[..., None], 0).to(dtype), HippoState(h, c, k)
+    return y.to(dtype), HippoState(h, c, k)
 
 
 _eager: Any = torch.compiler.disable(_run)  # which would unroll the loop

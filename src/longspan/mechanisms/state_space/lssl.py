@@ -12,9 +12,9 @@ from longspan.card import Card
 from longspan.engines import conv
 from longspan.engines.conv.projection import Measure
 from longspan.errors import LongspanError
-from longspan.nn import Mixer
+from longspan.nn.within import Within
 from longspan.registry import mechanism
-from longspan.shapes import Context, Inputs, Keep, Marks
+from longspan.shapes import Inputs, Keep
 
 Method = Literal["euler", "backward", "bilinear", "zoh"]
 
@@ -37,7 +37,7 @@ Method = Literal["euler", "backward", "bilinear", "zoh"]
         tiny={"width": 24, "state": 8, "channels": 2},
     )
 )
-class LSSL(Mixer):
+class LSSL(Within):
     """y = W gelu(K * u + D u), K_l = C A_d^l B_d, for E systems x' = A x + B u of N states.
 
         A_d = (I − αΔA)⁻¹ (I + (1−α)ΔA),   B_d = (I − αΔA)⁻¹ ΔB                  (Eqs. 3 to 5)
@@ -63,6 +63,8 @@ class LSSL(Mixer):
         LongspanError: a measure or form that does not exist, sizes that are not positive, a
             context or marks.
     """
+
+    causal = True
 
     def __init__(
         self,
@@ -111,27 +113,16 @@ class LSSL(Mixer):
         self.output = nn.Linear(width * channels, width)
         self._kept: tuple[Any, tuple[Tensor, Tensor], dict[int, conv.Stride]] | None = None
 
-    def forward(
-        self,
-        x: Inputs,
-        state: Float[Tensor, "B E M"] | None = None,
-        *,
-        keep: Keep | None = None,
-        context: Context | None = None,
-        marks: Marks | None = None,
+    def mix(
+        self, x: Inputs, state: Float[Tensor, "B E M"] | None, keep: Keep | None
     ) -> tuple[Inputs, Float[Tensor, "B E M"] | None]:
-        if context is not None or marks is not None:
-            raise LongspanError("lssl mixes one sequence: leave context and marks out.")
-        seen = x.new_ones(x.shape[:2], dtype=torch.bool) if keep is None else keep
-        x = x.masked_fill(~seen[..., None], 0)
         if not x.numel():
             wide = torch.promote_types(x.dtype, torch.float32)
             room = x.new_zeros(len(x), x.shape[2], self.c.shape[2], dtype=wide)
             return x, room if state is None else state
         with torch.autocast(x.device.type, enabled=False):
             y, state = _eager(self, x.transpose(1, 2), state)
-        y = self.output(F.gelu(y.flatten(1, 2).transpose(1, 2).to(x.dtype)))
-        return y.masked_fill(~seen[..., None], 0), state
+        return self.output(F.gelu(y.flatten(1, 2).transpose(1, 2).to(x.dtype))), state
 
     def kernel(self, length: int) -> Float[Tensor, "E M K"]:
         """The taps C A_d^l B_d, l < length."""

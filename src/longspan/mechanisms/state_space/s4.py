@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from longspan.card import Card
 from longspan.engines import conv
 from longspan.errors import LongspanError
-from longspan.nn import Mixer
+from longspan.nn.within import Within
 from longspan.registry import mechanism
-from longspan.shapes import Context, Inputs, Keep, Marks
+from longspan.shapes import Inputs, Keep
 
 Form = Literal["diagonal", "dplr"]
 Measure = Literal["legs", "legt", "lagt"]
@@ -43,7 +43,7 @@ class S4State(NamedTuple):
         tiny={"width": 24, "state": 8},
     )
 )
-class S4(Mixer):
+class S4(Within):
     """y = GLU(W gelu(K * u + D u)), K_l = C A_d^l B_d for E systems x' = A x + B u of N states.
 
     `diagonal` (S4D): A = Λ = −exp(log decay) + i·frequency, K_l = 2 Re Σ_n C_n B̄_n exp(l Δ Λ_n).
@@ -147,30 +147,13 @@ class S4(Mixer):
             if parameter is not None:
                 parameter._optim = {"lr": 1e-3, "weight_decay": 0.0}  # pyright: ignore
 
-    def forward(
-        self,
-        x: Inputs,
-        state: S4State | None = None,
-        *,
-        keep: Keep | None = None,
-        context: Context | None = None,
-        marks: Marks | None = None,
+    def mix(
+        self, x: Inputs, state: S4State | None, keep: Keep | None
     ) -> tuple[Inputs, S4State | None]:
-        if context is not None or marks is not None:
-            raise LongspanError(
-                "s4 mixes one sequence, all of its tokens alike, and got a context or marks: leave "
-                "them out, or use an attention (longspan.find(mode='cross'))."
-            )
-        if state is not None and not self.causal:
-            raise LongspanError("s4 got a state, but only its causal form has one: causal=True.")
-        if keep is not None:
-            x = x.masked_fill(~keep[..., None], 0)
         u = x.transpose(1, 2)  # B E L
         with torch.autocast(x.device.type, enabled=False):
             y, last = self._causal(u, state and state.x) if self.causal else self._both_ways(u)
         y = F.glu(self.output(F.gelu(y.transpose(1, 2))), dim=-1)
-        if keep is not None:
-            y = y.masked_fill(~keep[..., None], 0)
         return y, None if last is None else S4State(last)
 
     def _causal(self, u: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
