@@ -6,8 +6,11 @@ STAMP := .venv/.installed
 export OMP_WAIT_POLICY = passive
 export GOMP_SPINCOUNT = 0
 export HF_HUB_OFFLINE = 1
+# The adapter to transformers is tested with the oldest supported version too.
+OLDEST := .venv-oldest
+ADAPTER := tests/hub tests/generating tests/convert tests/models tests/test_models.py
 
-.PHONY: venv demo test test-all lint bench docs clean
+.PHONY: venv venv-oldest demo test test-all test-oldest test-matrix lint bench docs clean
 
 venv: $(STAMP)
 
@@ -26,6 +29,22 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not gpu'
+
+venv-oldest: $(OLDEST)/.installed
+
+$(OLDEST)/.installed: constraints.txt pyproject.toml
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	grep -v -e '^transformers==' -e '^huggingface_hub==' -e '^tokenizers==' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/constraints.txt torch
+	$(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/constraints.txt \
+		transformers==5.6.0 --editable '.[data,dev]'
+	touch $@
+
+test-oldest: $(OLDEST)/.installed
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist worksteal $(ADAPTER)
+
+test-matrix: $(STAMP) test-oldest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ADAPTER)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -46,4 +65,4 @@ docs: $(STAMP)
 	$(BIN)/python docs/generate.py
 
 clean:
-	rm -rf .venv runs .pytest_cache .ruff_cache
+	rm -rf .venv $(OLDEST) runs .pytest_cache .ruff_cache

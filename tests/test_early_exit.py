@@ -226,6 +226,10 @@ def test_generate_greedy_sampled_beams_and_padded() -> None:
     assert of.work(exits, projections).tokens == 18
     # The prompt runs at full depth, all but its last token.
     assert (trace.exits[0][:, :-1] == 4).all()
+    # The steps that chose a token are the prompt's last and all behind it.
+    assert torch.equal(exits, torch.cat(trace.exits, 1)[:, 3:])
+    assert torch.equal(projections, torch.cat(trace.projections, 1)[:, 3:])
+    assert not torch.equal(exits[:, 0], trace.exits[0][:, 0])
     # By hand: the prompt's exits given, the rule for the rest.
     row, leaves = ids.clone(), trace.exits[0]
     for n in range(6):
@@ -438,6 +442,18 @@ def test_calibration_curve_of_quality_against_depth() -> None:
     assert of.driver.rule.thresholds.eq(0.5).all()
     per_block = curve(of, ids, [[1.0, 0.0, 1.0]])
     assert per_block[0].depth == 2.0
+
+
+def test_calibration_curve_leaves_padding_out() -> None:
+    of, ids = model({"id": DAT}), tokens(12, rows=1)
+    mask = torch.arange(16)[None] < 12
+    padded = F.pad(ids, (0, 4), value=3)
+    for threshold in (0.4, 0.5, 0.6):
+        (want,), (got,) = curve(of, ids, [threshold]), curve(of, padded, [threshold], mask=mask)
+        assert (got.nats, got.accuracy) == pytest.approx((want.nats, want.accuracy), rel=1e-5)
+        exits = of(ids).exits[:, :-1].double() if threshold == 0.5 else None
+        assert exits is None or want.depth == pytest.approx(float(exits.mean()))
+        assert got.depth == pytest.approx(want.depth)
 
 
 def test_graded_states_and_choices() -> None:

@@ -85,7 +85,7 @@ def test_the_loss_is_the_error_of_each_layer_alone(name: str, tmp_path: Path) ->
     wants = {layer: heard(made, name, layer, batch) for layer in (0, 2)}
     assert not torch.equal(*(wants[i][0] for i in (0, 2)))
     convert.swap(made, {0: "t2r", 2: "t2r"})
-    trainer = distil(made, windows(), out=tmp_path, cpu=True)
+    trainer: Any = distil(made, windows(), out=tmp_path, cpu=True)
     loss, found = trainer.compute_loss(made.train(), batch, return_outputs=True)
     assert made.training
     seen, errors = mask.bool(), found["errors"]
@@ -104,7 +104,7 @@ def test_it_trains_what_was_swapped_in_and_nothing_else(name: str, tmp_path: Pat
     """The error falls in each layer that can learn; an exact one beside them has none."""
     made = convert.swap(model(name), {0: "t2r", 1: "multi-head-attention", 2: ("rfa", {})})
     before = copy.deepcopy(made.state_dict())
-    trainer = distil(made, windows(), out=tmp_path, steps=30, batch=4, log_every=1, cpu=True)
+    trainer: Any = distil(made, windows(), out=tmp_path, steps=30, batch=4, log_every=1, cpu=True)
     batch = {"input_ids": windows()[0]["input_ids"][None]}
     errors = [trainer.compute_loss(made, batch, return_outputs=True)[1]["errors"].tolist()]
     trainer.train()

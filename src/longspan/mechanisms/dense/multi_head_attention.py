@@ -1,26 +1,19 @@
 """Scaled dot-product attention (Vaswani et al., 2017)."""
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from longspan.card import Card
-from longspan.engines import dense
+from longspan.engines import dense, tiles
+from longspan.engines.pattern import History
 from longspan.errors import LongspanError
 from longspan.nn import Attention, Bias, Spread
 from longspan.registry import mechanism
 from longspan.shapes import Keep, Keys, Outputs, Queries
-
-
-class KeysValues(NamedTuple):
-    """Every key and value seen, and which of them may be seen."""
-
-    k: Float[Tensor, "B G S D"]
-    v: Float[Tensor, "B G S V"]
-    keep: Bool[Tensor, "B S"]
 
 
 @mechanism(
@@ -84,25 +77,13 @@ class SoftmaxAttention(Attention):
         q: Queries,
         k: Float[Tensor, "B G S D"],
         v: Float[Tensor, "B G S V"],
-        state: KeysValues | None = None,
+        state: History | None = None,
         *,
         keep: Keep | None = None,
         bias: Bias | None = None,
         spread: Spread | None = None,
-    ) -> tuple[Outputs, KeysValues | None]:
-        if keep is not None:
-            k, v = (t.masked_fill(~keep[:, None, :, None], 0) for t in (k, v))
-        carried = None
-        if self.causal:
-            seen = k.new_ones(k.shape[0], k.shape[2], dtype=torch.bool) if keep is None else keep
-            carried = KeysValues(k, v, seen)
-            if state is not None:
-                carried = KeysValues(
-                    torch.cat([state.k, k], 2),
-                    torch.cat([state.v, v], 2),
-                    torch.cat([state.keep, seen], 1),
-                )
-                k, v, keep = carried
+    ) -> tuple[Outputs, History | None]:
+        k, v, keep, carried = tiles.carry(k, v, state, keep, causal=self.causal)
         copies = q.shape[1] // k.shape[1]
         k, v = (t.repeat_interleave(copies, 1) if copies > 1 else t for t in (k, v))
         return self._attend(q, k, v, keep, bias, spread), carried
@@ -125,31 +106,11 @@ class SoftmaxAttention(Attention):
         dropout = self.dropout if self.training else 0.0
         if self.backend == "explicit":
             return self._explicit(q, k, v, keep, bias, spread, dropout)[0]
+        hooks: Any = {"causal": self.causal, "keep": keep, "bias": bias, "spread": spread}
+        hooks |= {"dropout": dropout, "scale": self.scale}
         if self.backend == "fused":
-            return dense.attend(
-                q,
-                k,
-                v,
-                causal=self.causal,
-                keep=keep,
-                bias=bias,
-                spread=spread,
-                dropout=dropout,
-                scale=self.scale,
-            )
-        return dense.tiled(
-            q,
-            k,
-            v,
-            causal=self.causal,
-            keep=keep,
-            bias=bias,
-            multiplier=self.multiplier,
-            gate=self.gate,
-            spread=spread,
-            dropout=dropout,
-            scale=self.scale,
-        )[0]
+            return dense.attend(q, k, v, **hooks)
+        return dense.tiled(q, k, v, multiplier=self.multiplier, gate=self.gate, **hooks)[0]
 
     def _explicit(
         self,
