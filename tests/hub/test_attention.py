@@ -421,7 +421,7 @@ def test_building_leaves_the_callers_draws_alone() -> None:
         ("longfomer", "no mechanism 'longfomer'; did you mean 'longformer'"),
         ("longspan:performer?feature=8", "has no argument 'feature'; did you mean 'features'"),
         ("performer?features", "cannot be read: write name=literal"),
-        ("s4", "of kind mixer and attn_implementation takes attentions: longspan.convert.swap"),
+        ("s4", "of kind mixer and attn_implementation takes attentions: longspan.find"),
         ("performer?redraw_every=9", "changes from call to call in training, and all layers"),
         ("performer?causal=True", "causal=True, which is the model's to say"),
         ("longformer?window=3", "must be even"),
