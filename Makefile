@@ -34,10 +34,12 @@ venv-oldest: $(OLDEST)/.installed
 
 $(OLDEST)/.installed: constraints.txt pyproject.toml
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
-	grep -v -e '^transformers==' -e '^huggingface_hub==' -e '^tokenizers==' constraints.txt > $(OLDEST)/constraints.txt
+	sed -e 's/^transformers==.*/transformers==5.6.0/' \
+		-e 's/^huggingface_hub==.*/huggingface_hub==1.33.0/' \
+		-e 's/^tokenizers==.*/tokenizers==0.22.2/' constraints.txt > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/constraints.txt torch
 	$(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/constraints.txt \
-		transformers==5.6.0 --editable '.[data,dev]'
+		--editable '.[data,dev]'
 	touch $@
 
 test-oldest: $(OLDEST)/.installed
